@@ -1,0 +1,40 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RUN    ?= runs
+
+.PHONY: demo test test-slow lint bench clean
+.DEFAULT_GOAL := demo
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --progress-bar off torch torchvision
+	$(BIN)/python -m pip install --quiet --progress-bar off -e '.[demo]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --progress-bar off -e '.[demo,test,dev]'
+	touch $@
+
+demo: $(VENV)/.demo  ## fine-tune the shipped model, merge, prove, report (an unfinished run goes on)
+	$(BIN)/mmft train recipes/demo_vqa_qlora.yaml train.output_dir=$(RUN) --resume
+
+lint: $(VENV)/.test  ## format, lint, types
+	$(BIN)/ruff format --check mmft tests
+	$(BIN)/ruff check mmft tests
+	$(BIN)/mypy mmft
+
+test: $(VENV)/.test lint  ## the ordinary tests, with line coverage
+	$(BIN)/python -m pytest tests -m 'not slow' -n 2 --dist loadfile --cov=mmft --cov-report=term
+
+test-slow: $(VENV)/.test  ## longer suites: memory of the merge at full size, kills of the demo
+	$(BIN)/python -m pytest tests -m slow -n 0
+
+bench: $(VENV)/.test  ## ratios against the plain path, measured in one run
+	$(BIN)/python tests/bench/bench.py
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,129 @@
+"""mmft: parameter-efficient fine-tuning of multimodal models.
+
+The verbs of the command line as functions. Importing mmft imports no torch; a verb imports what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = [
+    "build_data",
+    "evaluate",
+    "generate",
+    "inspect",
+    "merge",
+    "plan",
+    "preview",
+    "report",
+    "trace",
+    "train",
+    "validate",
+    "verify",
+]
+
+RecipeLike = str | Path | Mapping[str, Any]
+
+
+def validate(recipe: RecipeLike, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The resolved recipe as plain values. Raises RecipeError with all that is wrong at once."""
+    from mmft.recipe.load import load_recipe
+
+    return load_recipe(recipe, overrides).model_dump(mode="json")
+
+
+def train(
+    recipe: RecipeLike,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Run a recipe to its end (train, save, merge, verify, evaluate, report) and return `report.json` as values."""
+    from mmft.run import train as run
+
+    return run(recipe, overrides, resume=resume, overwrite=overwrite, quiet=quiet)
+
+
+def evaluate(run: str | Path, *, quiet: bool = False) -> dict[str, Any]:
+    """Answer the evaluation rows of a run again, rewrite its report and return it."""
+    from mmft.run import evaluate as again
+
+    return again(run, quiet=quiet)
+
+
+def report(run: str | Path) -> Path:
+    """Write `report.html` of a run again, from the files of the run folder alone."""
+    from mmft.evaluation.report import rebuild_report
+
+    return rebuild_report(Path(run))
+
+
+def generate(
+    model: str | Path,
+    *,
+    question: str,
+    image: str | Path | None = None,
+    which: str | None = None,
+    base: str | None = None,
+    max_new_tokens: int = 64,
+) -> dict[str, Any]:
+    """Answer one question about one image from a run folder, an adapter folder, a model folder or a hub id."""
+    from mmft.answer import answer
+
+    return answer(model, question=question, image=image, which=which, base=base, max_new_tokens=max_new_tokens)
+
+
+def inspect(model: str, *, revision: str | None = None, targets: Sequence[str] = ()) -> dict[str, Any]:
+    """Parts, parameters and linear layers of a model, without reading its weights."""
+    from mmft.backbones.inspect import inspect_model
+
+    return inspect_model(model, revision=revision, targets=tuple(targets))
+
+
+def plan(recipe: RecipeLike, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a recipe would do: parts, trainable counts, rows, lengths, steps, memory. Nothing is trained."""
+    from mmft.plan import make_plan
+
+    return make_plan(recipe, overrides)
+
+
+def preview(recipe: RecipeLike, overrides: Sequence[str] = (), *, rows: int = 8, out: str | Path | None = None) -> Path:
+    """Write an HTML page that shows rows as the model gets them, trained tokens coloured; returns its path."""
+    from mmft.plan import write_recipe_preview
+
+    return write_recipe_preview(recipe, overrides, rows=rows, out=out)
+
+
+def trace(recipe: RecipeLike, overrides: Sequence[str] = (), *, row: int = 0) -> list[dict[str, Any]]:
+    """Walk one row through every station and return type, shape, digest and source line of each."""
+    from mmft.trace import trace_row
+
+    return trace_row(recipe, overrides, row=row)
+
+
+def merge(
+    adapter: str | Path, *, base: str | None = None, out: str | Path | None = None, onto: str = "base"
+) -> dict[str, Any]:
+    """Merge an adapter (or a run's) into its base, tensor by tensor; returns the merge report."""
+    from mmft.prove import merge_folder
+
+    return merge_folder(adapter, base=base, out=out, onto=onto)
+
+
+def verify(base: str, adapter: str | Path, merged: str | Path) -> dict[str, Any]:
+    """Prove that `merged` is `base` plus `adapter`; raises ExportError when it is not."""
+    from mmft.prove import verify_folder_merge
+
+    return verify_folder_merge(base, adapter, merged)
+
+
+def build_data(name: str, out: str | Path, *, rows: int | None = None) -> Path:
+    """Write a shipped data set (`emoji-scenes/NAME`) as an ordinary messages + images folder."""
+    from mmft.data.scenes import build_scene_set
+
+    return build_scene_set(name.removeprefix("shipped:").removeprefix("emoji-scenes/"), Path(out), rows=rows)

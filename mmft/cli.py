@@ -1,0 +1,202 @@
+"""The command line: one function per verb, which calls the function of the same name in `mmft` and prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import mmft
+from mmft.errors import MmftError
+
+app = typer.Typer(
+    name="mmft",
+    help="Parameter-efficient fine-tuning of multimodal models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Recipe = Annotated[str, typer.Argument(help="Recipe file (YAML).")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example train.learning_rate=1e-4")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+def _show(value: Any, *, as_json: bool, text: str | None = None) -> None:
+    sys.stdout.write((json.dumps(value, indent=2, default=str) if as_json or text is None else text) + "\n")
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> str:
+    """A plain table for standard output: aligned columns, no colour, good for pipes."""
+    widths = [max(len(str(cell)) for cell in column) for column in zip(columns, *rows, strict=True)]
+    lines = ["  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    head = "  ".join(name.ljust(width) for name, width in zip(columns, widths, strict=True))
+    return "\n".join(line.rstrip() for line in (title, head, "-" * len(head), *lines))
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest valid checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Delete what the run folder holds first.")] = False,
+    quiet: Annotated[bool, typer.Option(help="Print only the result.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train, save, merge, verify, evaluate, report."""
+    from mmft.summary import summary_text
+
+    report = mmft.train(recipe, overrides or [], resume=resume, overwrite=overwrite, quiet=quiet)
+    if report:  # ranks other than 0 have none
+        _show(report, as_json=as_json, text=summary_text(report))
+
+
+@app.command()
+def validate(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Check a recipe and say all that is wrong with it."""
+    values = mmft.validate(recipe, overrides or [])
+    _show(values, as_json=as_json, text=f"{recipe}: a valid recipe for a run named {values['name']!r}")
+
+
+@app.command()
+def plan(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Print parts, trainable counts, rows, token lengths, steps and memory; train nothing."""
+    from mmft.summary import plan_text
+
+    values = mmft.plan(recipe, overrides or [])
+    _show(values, as_json=as_json, text=plan_text(values))
+
+
+@app.command()
+def preview(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(help="How many rows.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="HTML file; NAME-preview.html if not given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a page that shows rows as the model gets them, trained tokens coloured."""
+    path = mmft.preview(recipe, overrides or [], rows=rows, out=out)
+    _show({"page": str(path)}, as_json=as_json, text=str(path))
+
+
+@app.command()
+def trace(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    row: Annotated[int, typer.Option(help="Which row, counted from 0.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Walk one row through every station from file to merged weight."""
+    stations = mmft.trace(recipe, overrides or [], row=row)
+    columns = ["station", "what", "shape", "digest", "code"]
+    cells = [[str(station[column]) for column in columns] for station in stations]
+    _show(stations, as_json=as_json, text=_table(f"row {row} of {recipe}", columns, cells))
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, shipped:nano-vlm, or a model type such as qwen2_vl.")],
+    targets: Annotated[list[str] | None, typer.Option(help="Show what these adapter targets hit.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub id.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print the parts of a model with parameter counts, without loading weights."""
+    from mmft.summary import inspect_text
+
+    values = mmft.inspect(model, revision=revision, targets=targets or [])
+    _show(values, as_json=as_json, text=inspect_text(values))
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Run folder, adapter folder, model folder or hub id.")],
+    question: Annotated[str, typer.Option(help="What to ask.")],
+    image: Annotated[Path | None, typer.Option(help="Picture the question is about.")] = None,
+    which: Annotated[str | None, typer.Option(help="For a run folder: base, adapter or merged.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base of an adapter folder, where it is not the recorded one.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Answer a question about an image."""
+    values = mmft.generate(model, question=question, image=image, which=which, base=base, max_new_tokens=max_new_tokens)
+    _show(values, as_json=as_json, text=values["answer"])
+
+
+@app.command()
+def evaluate(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: Json = False) -> None:
+    """Answer the evaluation rows of a run again and rewrite its report."""
+    from mmft.summary import summary_text
+
+    values = mmft.evaluate(run)
+    _show(values, as_json=as_json, text=summary_text(values))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: Json = False) -> None:
+    """Write report.html of a run again from its files."""
+    path = mmft.report(run)
+    _show({"page": str(path)}, as_json=as_json, text=str(path))
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Run folder or adapter folder.")],
+    out: Annotated[Path | None, typer.Option(help="New folder; merged/ of the run if not given.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model, where it is not the recorded one.")] = None,
+    onto: Annotated[str, typer.Option(help="base or dequantized (for a quantized base).")] = "base",
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into its base, tensor by tensor."""
+    from mmft.summary import merge_text
+
+    values = mmft.merge(adapter, base=base, out=out, onto=onto)
+    _show(values, as_json=as_json, text=merge_text(values))
+
+
+@app.command()
+def verify(
+    base: Annotated[str, typer.Argument(help="Base model.")],
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    merged: Annotated[Path, typer.Argument(help="Merged folder.")],
+    as_json: Json = False,
+) -> None:
+    """Prove that a merged folder is its base plus the adapter."""
+    from mmft.summary import merge_text
+
+    values = mmft.verify(base, adapter, merged)
+    _show(values, as_json=as_json, text=merge_text(values))
+
+
+@app.command()
+def data(
+    name: Annotated[str, typer.Argument(help="emoji-scenes/NAME")],
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+    rows: Annotated[int | None, typer.Option(help="Only this many rows.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a shipped data set as an ordinary folder of rows and images."""
+    path = mmft.build_data(name, out, rows=rows)
+    _show({"rows": str(path)}, as_json=as_json, text=str(path))
+
+
+def main() -> None:
+    """Run the command line; an MmftError becomes its text and its exit code, a traceback only with --debug."""
+    debug = "--debug" in sys.argv
+    sys.argv = [word for word in sys.argv if word != "--debug"]
+    try:
+        app()
+    except MmftError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)

@@ -1,0 +1,135 @@
+"""Batches of each optimizer step, rendered in this process or in workers; the same tensors either way."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mmft.data.collate import Batch, Side, collate
+from mmft.data.order import MicroBatch, StepPlan
+from mmft.data.render import Renderer
+from mmft.data.sample import Sample
+from mmft.errors import DataError, MmftError
+
+PREFETCH = 2
+HANG_SECONDS = 600.0
+
+
+class _MicroBatches(Dataset):
+    """The rank's micro-batches; an item is a Batch, or the MmftError that its making raised (a plain value, so that
+    it crosses the process wall as itself and not as torch's traceback text)."""
+
+    def __init__(
+        self, samples: Sequence[Sample], renderer: Renderer, work: Sequence[MicroBatch], pad_token_id: int, side: Side
+    ) -> None:
+        self._samples, self._renderer, self._work = samples, renderer, work
+        self._pad_token_id = pad_token_id
+        self._side: Side = side
+
+    def __len__(self) -> int:
+        return len(self._work)
+
+    def __getitem__(self, index: int) -> Batch | MmftError:
+        try:
+            rows = [self._renderer.render(self._samples[row]) for row, _ in self._work[index].rows]
+        except MmftError as error:
+            return error
+        return collate(rows, pad_token_id=self._pad_token_id, side=self._side)
+
+
+class _Steps(Sequence[MicroBatch]):
+    """The flat list of a rank's micro-batches over [start, stop), computed item by item."""
+
+    def __init__(self, plan: StepPlan, start: int, stop: int, rank: int) -> None:
+        self._plan, self._start, self._rank = plan, start, rank
+        self.per_step = len(range(rank, plan.micro_per_step, plan.world))
+        self._length = max(0, stop - start) * self.per_step
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index):  # type: ignore[override]
+        step, micro = divmod(index, self.per_step)
+        return self._plan.micro_batch_at(self._start + step, self._rank + micro * self._plan.world)
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def batches(
+    samples: Sequence[Sample],
+    renderer: Renderer,
+    plan: StepPlan,
+    *,
+    start_step: int,
+    stop_step: int,
+    rank: int,
+    workers: int,
+    pad_token_id: int,
+    side: Side = "right",
+) -> Iterator[list[Batch]]:
+    """Yield the rank's micro-batches of every step in [start_step, stop_step).
+
+    With `workers` > 0 that many processes render ahead (at most PREFETCH micro-batches each). A worker's MmftError is
+    raised here as itself; a worker that died or hung is a DataError naming it.
+    """
+    work = _Steps(plan, start_step, stop_step, rank)
+    if not work.per_step:
+        for _ in range(start_step, stop_step):
+            yield []
+        return
+    data = _MicroBatches(samples, renderer, work, pad_token_id, side)
+    stream = _ahead(data, workers) if workers else (data[index] for index in range(len(data)))
+    step: list[Batch] = []
+    for item in stream:
+        if isinstance(item, MmftError):
+            raise item
+        step.append(item)
+        if len(step) == work.per_step:
+            yield step
+            step = []
+
+
+def _ahead(data: _MicroBatches, workers: int) -> Iterator[Batch | MmftError]:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
+    loader = DataLoader(
+        data,
+        batch_size=None,
+        shuffle=False,
+        num_workers=workers,
+        prefetch_factor=PREFETCH,
+        worker_init_fn=_one_thread,
+        timeout=HANG_SECONDS,
+        multiprocessing_context="fork",
+    )
+    before = set(multiprocessing.active_children())
+    stream = iter(loader)
+    children = set(multiprocessing.active_children()) - before
+    lost: str | None = None
+    try:
+        while lost is None:
+            try:
+                item = next(stream)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader" not in str(error):
+                    raise
+                lost = str(error)  # the error itself would keep torch's iterator, and so the workers, alive
+            else:
+                yield item
+    finally:
+        del stream  # torch asks its workers to end, and waits a few seconds
+        for child in children:
+            if child.is_alive():
+                child.kill()
+            child.join()
+    raise DataError(
+        f"a data worker was lost: {lost}",
+        do="look for the kernel's out-of-memory killer, or set train.dataloader_num_workers to 0",
+    )

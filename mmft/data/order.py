@@ -1,0 +1,89 @@
+"""The order of the rows as arithmetic: which rows a step sees is a pure function of (rows, seed, step).
+
+Nothing here depends on the number of processes or workers, so a run resumes by its step number alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from mmft.seeds import fold
+
+
+def epoch_order(rows: int, *, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of `range(rows)` for one epoch, int64 of shape (rows,); O(rows)."""
+    return np.random.Generator(np.random.PCG64(fold(seed, "order", epoch))).permutation(rows)
+
+
+@lru_cache(maxsize=4)
+def _kept_order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    order = epoch_order(rows, seed=seed, epoch=epoch)
+    order.setflags(write=False)
+    return order
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One forward's rows: `index` counts micro-batches within the step over all ranks; `rows` are (row, epoch)."""
+
+    step: int
+    index: int
+    rows: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Rows of every optimizer step over the endless stream of shuffled epochs.
+
+    Step s covers stream positions [s * E, (s + 1) * E) with E = micro_batch * micro_per_step; a step may straddle
+    the border of two epochs. `micro_per_step` counts over all ranks; micro-batch m goes to rank m % world, so the
+    rows of a step are the same for every world size that divides the work.
+    """
+
+    rows: int
+    micro_batch: int
+    micro_per_step: int
+    world: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "micro_batch", "micro_per_step", "world"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"StepPlan.{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step over all ranks (E)."""
+        return self.micro_batch * self.micro_per_step
+
+    def steps_for(self, epochs: float) -> int:
+        """The fewest steps that cover `epochs` passes over the data (at least one)."""
+        return max(1, -(-round(epochs * self.rows) // self.rows_per_step))
+
+    def epoch_at(self, step: int) -> float:
+        """Passes over the data that are complete when `step` starts."""
+        return step * self.rows_per_step / self.rows
+
+    def at(self, position: int) -> tuple[int, int]:
+        """(row, epoch) at a position of the stream."""
+        epoch, offset = divmod(position, self.rows)
+        return int(_kept_order(self.rows, self.seed, epoch)[offset]), epoch
+
+    def micro_batch_at(self, step: int, index: int) -> MicroBatch:
+        """Micro-batch `index` (over all ranks) of `step`."""
+        start = step * self.rows_per_step + index * self.micro_batch
+        return MicroBatch(step, index, tuple(self.at(position) for position in range(start, start + self.micro_batch)))
+
+    def step_rows(self, step: int) -> tuple[tuple[int, int], ...]:
+        """All (row, epoch) of a step over all ranks, in stream order."""
+        start = step * self.rows_per_step
+        return tuple(self.at(position) for position in range(start, start + self.rows_per_step))
+
+    def micro_batches(self, step: int, rank: int) -> list[MicroBatch]:
+        """The micro-batches of `step` that `rank` computes."""
+        if not 0 <= rank < self.world:
+            raise ValueError(f"rank {rank} is not in a world of {self.world}")
+        return [self.micro_batch_at(step, index) for index in range(rank, self.micro_per_step, self.world)]

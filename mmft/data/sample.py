@@ -1,0 +1,71 @@
+"""`Sample`: what every data format becomes, and the only thing that later stations read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class MediaRef:
+    """A picture that has not been opened: a path below `root`, or the encoded bytes themselves."""
+
+    kind: Literal["image"] = "image"
+    path: str | None = None
+    root: Path | None = None
+    data: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One piece of a turn: a text, or the place where the next medium of the sample stands."""
+
+    kind: Literal["text", "image"]
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One speaker's turn; its pieces in order."""
+
+    role: Role
+    pieces: tuple[Piece, ...]
+
+    @property
+    def text(self) -> str:
+        """The turn's text without its media."""
+        return "".join(piece.text for piece in self.pieces if piece.kind == "text")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row: turns, the media they mention in order, and where it came from.
+
+    `answers` are the references an evaluation compares with (ten for VQA rows); empty means the last
+    assistant turn is the one reference. `tags` are free labels such as the question type.
+    """
+
+    id: str
+    turns: tuple[Turn, ...]
+    media: tuple[MediaRef, ...] = ()
+    answers: tuple[str, ...] = ()
+    tags: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""
+    where: str = ""
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The answers to compare a prediction with."""
+        if self.answers:
+            return self.answers
+        last = self.turns[-1] if self.turns else None
+        return (last.text,) if last is not None and last.role == "assistant" else ()
+
+    @property
+    def question(self) -> str:
+        """The last user turn's text."""
+        return next((turn.text for turn in reversed(self.turns) if turn.role == "user"), "")

@@ -1,0 +1,59 @@
+"""Guards around a step: non-finite numbers stop before the update, signals stop after it."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import types
+from collections.abc import Sequence
+
+from mmft.errors import NonFiniteError
+
+
+def check_finite(*, step: int, loss: float, norm: float, ids: Sequence[str], folder: str) -> None:
+    """Raise NonFiniteError, naming the step's samples, unless loss and gradient norm are finite."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    what = f"loss {loss} and gradient norm {norm} at step {step}; the weights are those of the step before"
+    shown = ", ".join(ids[:8]) + (" …" if len(ids) > 8 else "")
+    raise NonFiniteError(
+        what,
+        where=f"samples {shown}",
+        allowed="finite numbers",
+        do=f"look at these rows with `mmft preview`, lower train.learning_rate, then go on with --resume ({folder})",
+    )
+
+
+class StopSignals:
+    """While open, the first SIGTERM or SIGINT asks for a stop after the current step; the second ends at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._handle)
+        except ValueError:
+            # Only the main thread may set handlers; elsewhere the caller's own handling stays in force.
+            self._before.clear()
+        return self
+
+    def _handle(self, number: int, _: types.FrameType | None) -> None:
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = number
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+class Interrupted(SystemExit):
+    """The run was stopped by a signal after its checkpoint was written; exit status 128 + signal."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(128 + number)
+        self.message = message

@@ -1,0 +1,286 @@
+"""The one training loop: batches → losses → one update, under accelerate.
+
+The loop knows an objective only as `loss(model, batch) -> Loss(sum, count)`. It divides by the count of the whole
+optimizer step (all micro-batches, all ranks), seeds dropout by (seed, step, micro-batch) so that neither resume nor
+the number of processes changes a number, and stops before an update that is not finite.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from mmft.adapters.build import Adapted, set_modes
+from mmft.data.collate import Batch, collate
+from mmft.data.loader import batches
+from mmft.data.order import StepPlan
+from mmft.data.render import Renderer
+from mmft.data.sample import Sample
+from mmft.engine.callbacks import Callback
+from mmft.engine.checkpoint import checkpoint_folder, load_checkpoint, newest_valid, save_checkpoint
+from mmft.engine.guards import StopSignals, check_finite
+from mmft.engine.memory import checkpoint_layers
+from mmft.engine.optim import build_optimizer, lr_scale, set_learning_rate
+from mmft.engine.state import TrainState
+from mmft.errors import CheckpointError
+from mmft.journal import Journal
+from mmft.objectives.base import Objective
+from mmft.recipe.schema import TrainSection
+from mmft.seeds import fold
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """All that the loop is given. `identity` names what a resumed run must have in common with this one."""
+
+    adapted: Adapted
+    objective: Objective
+    samples: Sequence[Sample]
+    eval_samples: Sequence[Sample]
+    renderer: Renderer
+    plan: StepPlan
+    total_steps: int
+    eval_batch_size: int
+    section: TrainSection
+    folder: Path
+    identity: dict[str, Any]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+
+class Engine:
+    """One process's part of a run. Build it, then call `fit` once."""
+
+    def __init__(
+        self, job: TrainJob, *, accelerator: Accelerator, journal: Journal, callbacks: Sequence[Callback]
+    ) -> None:
+        self.job = job
+        self.journal = journal
+        self.accelerator = accelerator
+        self.callbacks = callbacks
+        self.params = job.adapted.trainable()
+        self.optimizer = build_optimizer(job.adapted, job.section)
+        self.state = TrainState()
+        self.pad = job.adapted.backbone.pad_token_id
+        self.recomputed = checkpoint_layers(job.adapted) if job.section.gradient_checkpointing else []
+        self._training_mode()
+        # Only the distributed wrapper is accelerate's: precision and clipping are the recipe's and stated here.
+        self.model: nn.Module = accelerator.prepare_model(job.adapted.model) if self._world > 1 else job.adapted.model
+
+    @property
+    def _world(self) -> int:
+        return self.accelerator.num_processes
+
+    def _training_mode(self) -> None:
+        set_modes(self.job.adapted)
+        for layer in self.recomputed:
+            layer.training = True
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if not self.job.section.bf16:
+            return nullcontext()
+        return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16)
+
+    # -- the way through a run ------------------------------------------------------------------------------------
+
+    def fit(self, *, resume: bool) -> TrainState:
+        """Train to the last step, or stop early; returns the final state (`stopped` says why, None if at the end).
+
+        Raises NonFiniteError, CheckpointError, DataError; a signal sets `stopped` to its number after a checkpoint.
+        """
+        if resume:
+            self._restore()
+        job, state = self.job, self.state
+        for callback in self.callbacks:
+            callback.on_start(state, job.total_steps)
+        try:
+            with StopSignals() as signals:
+                for micros in self._steps():
+                    self._one_step(micros)
+                    self._after_step()
+                    if self._any_signal(signals):
+                        self.save()
+                        state.stopped = f"signal {signals.received or 0}"
+                        break
+                    if state.stopped:
+                        break
+            if not (state.stopped or "").startswith("signal"):
+                self._finish()
+        finally:
+            for callback in self.callbacks:
+                callback.on_end(state)
+        return state
+
+    def _steps(self) -> Iterator[list[Batch]]:
+        if self.state.stopped:  # a run that had stopped early is resumed: there is nothing left to train
+            return iter(())
+        return batches(
+            self.job.samples,
+            self.job.renderer,
+            self.job.plan,
+            start_step=self.state.step,
+            stop_step=self.job.total_steps,
+            rank=self.accelerator.process_index,
+            workers=self.job.section.dataloader_num_workers,
+            pad_token_id=self.pad,
+        )
+
+    def _restore(self) -> None:
+        folder = newest_valid(self.job.checkpoints, warn=self.journal.warn)
+        if folder is None:
+            self.journal.rewind(0)
+            return
+        restored = load_checkpoint(folder, trainable=self.params, optimizer=self.optimizer)
+        _same_identity(restored.identity, self.job.identity, folder)
+        self.state = restored.state
+        self.journal.rewind(self.state.step)
+        self.journal.say(f"resumed at step {self.state.step} from {folder.name}")
+
+    # -- one optimizer step ---------------------------------------------------------------------------------------
+
+    def _one_step(self, micros: Sequence[Batch]) -> None:
+        job, section, state = self.job, self.job.section, self.state
+        begin = time.monotonic()
+        scale = lr_scale(
+            state.step, total=job.total_steps, warmup_ratio=section.warmup_ratio, kind=section.lr_scheduler_type
+        )
+        set_learning_rate(self.optimizer, scale)
+        count = self._reduce([sum(job.objective.count(batch) for batch in micros)])[0]
+        sums = self._backward(micros, count)
+        norm = torch.nn.utils.clip_grad_norm_(self.params.values(), section.max_grad_norm or float("inf"))
+        rows = sum(len(batch.ids) for batch in micros)
+        tokens = sum(batch.tokens for batch in micros)
+        loss_sum, correct, rows_all, tokens_all = self._reduce([sums["loss"], sums.get("correct", 0.0), rows, tokens])
+        ids = [name for batch in micros for name in batch.ids]
+        loss = loss_sum / max(count, 1)
+        check_finite(step=state.step + 1, loss=loss, norm=float(norm), ids=ids, folder=str(job.folder))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.samples_consumed += int(rows_all)
+        state.tokens_consumed += int(tokens_all)
+        metrics = {
+            "loss": loss,
+            "token_accuracy": correct / max(count, 1),
+            "learning_rate": section.learning_rate * scale,
+            "grad_norm": float(norm),
+            "samples_per_second": rows_all / max(time.monotonic() - begin, 1e-9),
+            "supervised_tokens": count,
+        }
+        for callback in self.callbacks:
+            callback.on_step(state, metrics)
+
+    def _backward(self, micros: Sequence[Batch], count: float) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        device = self.accelerator.device
+        for local, batch in enumerate(micros):
+            index = local * self._world + self.accelerator.process_index
+            torch.manual_seed(fold(self.job.section.seed, "dropout", self.state.step, index))
+            last = local == len(micros) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                with self._autocast():
+                    loss = self.job.objective.loss(self.model, batch.to(device))
+                # The wrapper averages gradients over ranks; the sum is wanted, divided once by the step's count.
+                self.accelerator.backward(loss.sum * (self._world / max(count, 1)))
+            sums["loss"] = sums.get("loss", 0.0) + float(loss.sum.detach())
+            for key, value in loss.logs.items():
+                sums[key] = sums.get(key, 0.0) + float(value)
+        return sums
+
+    def _reduce(self, values: Sequence[float]) -> list[float]:
+        if self._world == 1:
+            return [float(value) for value in values]
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.reduce(tensor, "sum").tolist()
+
+    # -- between steps --------------------------------------------------------------------------------------------
+
+    def _after_step(self) -> None:
+        section, state = self.job.section, self.state
+        last = state.step == self.job.total_steps
+        if self.job.eval_samples and (last or (section.eval_steps and state.step % section.eval_steps == 0)):
+            self._evaluate()
+        if state.stopped or (section.save_steps and state.step % section.save_steps == 0):
+            self.save()
+
+    def _evaluate(self) -> None:
+        section, state = self.job.section, self.state
+        loss = self.evaluate_loss(self.job.eval_samples)
+        if state.best_loss is None or loss < state.best_loss:
+            state.best_loss, state.best_step, state.evaluations_without_gain = loss, state.step, 0
+            if section.load_best_model_at_end:
+                self.save()
+        else:
+            state.evaluations_without_gain += 1
+            patience = section.early_stopping_patience
+            if patience and state.evaluations_without_gain >= patience:
+                state.stopped = f"no better loss in {patience} evaluations"
+        for callback in self.callbacks:
+            callback.on_evaluate(state, {"eval_loss": loss})
+
+    def evaluate_loss(self, samples: Sequence[Sample]) -> float:
+        """Mean loss over all supervised positions of `samples`, without gradients; the same on every rank."""
+        total, count = 0.0, 0.0
+        size, world, rank = self.job.eval_batch_size, self._world, self.accelerator.process_index
+        model = self.job.adapted.model
+        model.eval()
+        with torch.no_grad(), self._autocast():
+            for start in range(rank * size, len(samples), size * world):
+                rows = [self.job.renderer.render(sample) for sample in samples[start : start + size]]
+                batch = collate(rows, pad_token_id=self.pad).to(self.accelerator.device)
+                loss = self.job.objective.loss(model, batch)
+                total, count = total + float(loss.sum), count + loss.count
+        self._training_mode()
+        total, count = self._reduce([total, count])
+        return total / max(count, 1)
+
+    def save(self) -> None:
+        """Checkpoint of the current step, written by rank 0 while the others wait."""
+        if self.accelerator.is_main_process:
+            folder = save_checkpoint(
+                self.job.checkpoints,
+                trainable=self.params,
+                optimizer=self.optimizer,
+                state=self.state,
+                identity=self.job.identity,
+                keep=self.job.section.save_total_limit,
+            )
+            for callback in self.callbacks:
+                callback.on_save(self.state, folder)
+        self.accelerator.wait_for_everyone()
+
+    def _any_signal(self, signals: StopSignals) -> bool:
+        received = self._reduce([float(signals.received or 0)])[0]
+        if received and signals.received is None:
+            signals.received = 15  # another rank was told to stop; this one follows it
+        return bool(received)
+
+    def _finish(self) -> None:
+        if self.state.step:
+            self.save()
+        best = self.state.best_step
+        if self.job.section.load_best_model_at_end and best is not None and best != self.state.step:
+            load_checkpoint(checkpoint_folder(self.job.checkpoints, best), trainable=self.params, optimizer=None)
+
+
+def _same_identity(stored: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    differing = [key for key in sorted({*stored, *wanted}) if stored.get(key) != wanted.get(key)]
+    if differing:
+        rows = "; ".join(f"{key}: {stored.get(key)} → {wanted.get(key)}" for key in differing[:6])
+        raise CheckpointError(
+            f"the run has changed since this checkpoint ({rows})",
+            where=str(folder),
+            allowed="the same base, data, processor and recipe",
+            do="undo the change, or start a new run under another `name`",
+        )

@@ -1,0 +1,63 @@
+"""AdamW over the adapter's parameter groups, and a learning-rate schedule without state."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from mmft.adapters.build import Adapted
+from mmft.recipe.schema import TrainSection
+
+
+def lr_scale(step: int, *, total: int, warmup_ratio: float, kind: str) -> float:
+    """Factor on the peak learning rate for the update that makes `step` (counted from 0) of `total`.
+
+    Linear warm-up over ceil(ratio * total) steps, then constant, linear to 0, or half a cosine to 0; a pure function
+    of the step, so a resumed run needs no scheduler state.
+    """
+    warmup = math.ceil(warmup_ratio * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    if kind == "constant":
+        return 1.0
+    done = (step - warmup) / max(total - warmup, 1)
+    if kind == "linear":
+        return 1.0 - done
+    return 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def build_optimizer(adapted: Adapted, section: TrainSection) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019); one group per (part, decayed or not), each with its `peak_lr`.
+
+    Weights of fewer than two dimensions (biases, norms, scales) are not decayed.
+    """
+    params = adapted.trainable()
+    groups: list[dict] = []
+    for group in adapted.groups:
+        peak = group.learning_rate or section.learning_rate
+        for decay in (True, False):
+            chosen = [params[name] for name in sorted(group.names) if (params[name].ndim >= 2) == decay]
+            if chosen:
+                groups.append(
+                    {
+                        "params": chosen,
+                        "lr": peak,
+                        "peak_lr": peak,
+                        "part": group.part,
+                        "weight_decay": section.weight_decay if decay else 0.0,
+                    }
+                )
+    return torch.optim.AdamW(
+        groups,
+        lr=section.learning_rate,
+        betas=(section.adam_beta1, section.adam_beta2),
+        eps=section.adam_epsilon,
+        fused=True,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, scale: float) -> None:
+    """Give every group `peak_lr * scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * scale

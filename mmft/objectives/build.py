@@ -1,0 +1,27 @@
+"""Recipe section → objective."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mmft.errors import BackboneError
+from mmft.objectives.base import Objective
+from mmft.objectives.sft import SftObjective
+from mmft.recipe.schema import ObjectiveSection
+
+
+def build_objective(section: ObjectiveSection, model: nn.Module) -> Objective:
+    """The objective named in the recipe, bound to the model's vocabulary head.
+
+    Raises BackboneError when the model has no output embeddings.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PeftModel hides the accessor
+    head = base.get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        raise BackboneError(
+            f"{type(base).__name__} has no output embeddings",
+            where="objective.name: sft",
+            allowed="a generative model (AutoModelForImageTextToText)",
+            do="choose another model",
+        )
+    return SftObjective(head=head, label_smoothing=section.label_smoothing_factor)

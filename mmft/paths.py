@@ -1,0 +1,48 @@
+"""Paths that come from untrusted rows stay inside the folder they are relative to."""
+
+from __future__ import annotations
+
+import re
+import stat
+from pathlib import Path
+
+from mmft.errors import DataError
+
+_SCHEME = re.compile(r"^(?:[A-Z][A-Z0-9+.-]*://|(?:file|data|https?|ftp|blob|javascript):|[A-Z]:[\\/])", re.I)
+
+
+def contained(root: Path, relative: str) -> Path:
+    """The regular file `relative` below `root`, links resolved; nothing is opened.
+
+    Raises DataError for anything else: an absolute path outside, `..`, `~`, a URL, NUL, a link that leads out,
+    a missing file, a folder, a pipe, a device.
+    """
+    shown = repr(relative if not isinstance(relative, str) or len(relative) <= 120 else relative[:117] + "...")
+    allowed = f"a file inside {root}"
+
+    def refuse(why: str, do: str = "give a path relative to that folder, or set media_root") -> DataError:
+        return DataError(f"path {shown} {why}", where=str(root), allowed=allowed, do=do)
+
+    if not isinstance(relative, str) or not relative:
+        raise refuse("is not a path")
+    if "\0" in relative:
+        raise refuse("holds a NUL character")
+    if _SCHEME.match(relative):
+        raise refuse("is a URL", "download the file first; nothing is fetched from the network")
+    if relative.startswith(("~", "\\\\", "//")):
+        raise refuse("is not a plain path")
+    if ".." in re.split(r"[\\/]", relative):
+        raise refuse("climbs out with '..'")
+    try:
+        base = Path(root).resolve(strict=True)
+        path = (base / relative).resolve(strict=True)
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise refuse("does not exist", "check the spelling, and that media_root is the right folder") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise refuse(f"cannot be resolved ({type(error).__name__})") from None
+    if not path.is_relative_to(base):
+        raise refuse("leads outside")
+    if not stat.S_ISREG(mode):
+        raise refuse("is not a regular file")
+    return path

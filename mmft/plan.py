@@ -1,0 +1,158 @@
+"""`mmft plan` and `mmft preview`: what a recipe would do, before a weight is loaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmft.adapters.targets import resolve_targets
+from mmft.backbones.inspect import meta_of_type
+from mmft.backbones.load import Backbone, load_processor, meta_backbone
+from mmft.data.formats import load_all
+from mmft.data.preview import write_preview
+from mmft.data.render import Renderer
+from mmft.data.sample import Sample
+from mmft.engine.memory import estimate_memory
+from mmft.errors import BackboneError
+from mmft.recipe.load import load_recipe
+from mmft.recipe.schema import Recipe
+from mmft.stages import make_renderer, plan_steps
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PROBE_ROWS = 256
+
+
+def make_plan(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Parts, trainable counts, rows, token percentiles, steps, memory estimate; nothing is trained or downloaded.
+
+    Token lengths are those of up to 256 rows, rendered with the real processor. When the hub is out of reach and
+    `model.model_type` is given, sizes are the defaults of that family, and a note says so.
+    """
+    begin = time.monotonic()
+    loaded = load_recipe(recipe, overrides)
+    backbone, notes = _meta(loaded)
+    samples = load_all(loaded.data.train, loaded.data, seed=loaded.train.seed)
+    evals = {
+        source.name or source.path: len(load_all((source,), loaded.data, seed=loaded.train.seed))
+        for source in loaded.data.eval
+    }
+    lengths = _lengths(make_renderer(loaded, backbone.processor), samples) if backbone.processor is not None else None
+    if lengths is None:
+        notes.append("no processor at hand: token lengths are not known, memory is estimated at 512 tokens a row")
+    steps, total = plan_steps(loaded, len(samples), 1)
+    parts, targets, trainable = _trained(loaded, backbone)
+    return {
+        "name": loaded.name,
+        "model": {"name": backbone.name, "model_type": backbone.model.config.model_type, "dtype": loaded.model.dtype},
+        "parts": parts,
+        "targets": targets,
+        "data": {"train": len(samples), **evals},
+        "tokens": {kind: _percentiles(values) for kind, values in (lengths or {}).items()},
+        "steps": {"total": total, "rows_per_step": steps.rows_per_step, "epochs": steps.epoch_at(total)},
+        "memory": _memory(loaded, backbone, trainable=trainable, lengths=lengths),
+        "notes": notes,
+        "seconds": time.monotonic() - begin,
+    }
+
+
+def _meta(recipe: Recipe) -> tuple[Backbone, list[str]]:
+    try:
+        return meta_backbone(recipe.model), []
+    except BackboneError:
+        kind = recipe.model.model_type
+        if kind is None or Path(recipe.model.name_or_path).exists():
+            raise
+        note = f"{recipe.model.name_or_path} cannot be reached: sizes are the defaults of {kind}, not this checkpoint's"
+        return meta_of_type(kind, recipe.model), [note]
+
+
+def _lengths(renderer: Renderer, samples: Sequence[Sample]) -> dict[str, list[int]]:
+    every = max(1, len(samples) // PROBE_ROWS)
+    rows = [renderer.render(sample) for sample in samples[::every][:PROBE_ROWS]]
+    return {
+        "all": [len(row.input_ids) for row in rows],
+        "image": [row.media_tokens for row in rows],
+        "supervised": [int((row.labels[1:] != -100).sum()) for row in rows],
+    }
+
+
+def _percentiles(values: Sequence[int]) -> dict[str, int]:
+    found = np.percentile(values, [50, 90, 99]).astype(int)
+    return {"p50": int(found[0]), "p90": int(found[1]), "p99": int(found[2]), "max": int(max(values))}
+
+
+def _rank(recipe: Recipe, part: str) -> int:
+    own = recipe.adapter.parts.get(part)  # type: ignore[call-overload]
+    return (own.lora_rank if own is not None else None) or recipe.adapter.lora_rank
+
+
+def _trained(recipe: Recipe, backbone: Backbone) -> tuple[list[dict[str, Any]], list[list[Any]], int]:
+    """Rows of the parts table, rows of the targets table, trainable parameters."""
+    sizes: dict[str, int] = {}
+    for name, param in backbone.model.named_parameters():
+        part = backbone.parts.part_of(name)
+        sizes[part] = sizes.get(part, 0) + param.numel()
+    modules = dict(backbone.model.named_modules())
+    trainable = dict.fromkeys(sizes, 0)
+    targets: list[list[Any]] = []
+    for target in resolve_targets(backbone.parts, recipe.adapter):
+        own = recipe.adapter.parts.get(target.part)  # type: ignore[call-overload]
+        full = recipe.adapter.method == "full" or (own is not None and own.mode == "full")
+        rank = _rank(recipe, target.part)
+        for name in target.modules:
+            module = modules[name]
+            added = sum(param.numel() for param in module.parameters()) if full else rank * sum(module.weight.shape[:2])
+            trainable[target.part] = trainable.get(target.part, 0) + added
+        targets.append([f"{target.part}.{target.sub}", len(target.modules), "full" if full else rank])
+    rows = [
+        {"part": part, "parameters": size, "trainable": trainable.get(part, 0)} for part, size in sorted(sizes.items())
+    ]
+    return rows, targets, sum(trainable.values())
+
+
+def _memory(
+    recipe: Recipe, backbone: Backbone, *, trainable: int, lengths: dict[str, list[int]] | None
+) -> dict[str, int]:
+    text = backbone.model.config.get_text_config()
+    micro = recipe.train.per_device_train_batch_size
+    quant = recipe.quantization
+    weights = 0
+    for name, param in backbone.model.named_parameters():
+        packed = backbone.parts.part_of(name) in quant.parts and param.ndim == 2 and "embed" not in name
+        size = (
+            0.56 if packed and quant.load_in_4bit else 1 if packed and quant.load_in_8bit else BYTES[recipe.model.dtype]
+        )
+        weights += int(param.numel() * size)
+    estimate = estimate_memory(
+        weight_bytes=weights,
+        trainable_parameters=trainable,
+        tokens=micro * (max(lengths["all"]) if lengths else 512),
+        supervised=micro * (max(lengths["supervised"]) if lengths else 64),
+        hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
+        layers=text.num_hidden_layers,
+        vocabulary=text.vocab_size,
+        checkpointing=recipe.train.gradient_checkpointing,
+    )
+    owners = ("weights", "trainable", "optimizer", "activations", "logits", "total")
+    return {owner: int(getattr(estimate, owner)) for owner in owners}
+
+
+def write_recipe_preview(
+    recipe: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    rows: int = 8,
+    out: str | Path | None = None,
+) -> Path:
+    """A page with the first `rows` rows of the training data as the model gets them; returns its path."""
+    loaded = load_recipe(recipe, overrides)
+    processor = load_processor(loaded.model)
+    samples = load_all(loaded.data.train, loaded.data, seed=loaded.train.seed)
+    path = Path(out) if out is not None else Path(f"{loaded.name}-preview.html")
+    write_preview(samples, make_renderer(loaded, processor), processor, path, rows=rows)
+    return path

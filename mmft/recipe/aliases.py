@@ -1,0 +1,292 @@
+"""Other tools' spellings of the same thing, as tables.
+
+Sources: transformers' TrainingArguments, TRL, peft, LLaMA-Factory, ms-swift, Axolotl, Unsloth. A key stands below the
+section it belongs to; most are also understood flat, at the top level of a recipe.
+"""
+
+from __future__ import annotations
+
+SECTIONS = {
+    "training": "train",
+    "trainer": "train",
+    "training_args": "train",
+    "lora": "adapter",
+    "peft": "adapter",
+    "adapters": "adapter",
+    "evaluation": "evaluate",
+    "quantisation": "quantization",
+    "bnb": "quantization",
+    "loss": "objective",
+}
+
+KEYS: dict[str, dict[str, str]] = {
+    "model": {
+        "model_name_or_path": "name_or_path",
+        "base_model": "name_or_path",
+        "base_model_name_or_path": "name_or_path",
+        "model_id": "name_or_path",
+        "model_name": "name_or_path",
+        "model_path": "name_or_path",
+        "pretrained_model_name_or_path": "name_or_path",
+        "model_revision": "revision",
+        "revision_of_model": "revision",
+        "torch_dtype": "dtype",
+        "attn_impl": "attn_implementation",
+        "flash_attn": "attn_implementation",
+    },
+    "quantization": {
+        "double_quantization": "bnb_4bit_use_double_quant",
+        "use_double_quant": "bnb_4bit_use_double_quant",
+        "use_nested_quant": "bnb_4bit_use_double_quant",
+        "quantization_type": "bnb_4bit_quant_type",
+        "quant_type": "bnb_4bit_quant_type",
+        "bnb_4bit_quant_method": "bnb_4bit_quant_type",
+        "compute_dtype": "bnb_4bit_compute_dtype",
+        "use_4bit": "load_in_4bit",
+        "use_8bit": "load_in_8bit",
+    },
+    "adapter": {
+        "finetuning_type": "method",
+        "tuner_type": "method",
+        "train_type": "method",
+        "peft_type": "method",
+        "tuner_method": "method",
+        "lora_target": "targets",
+        "lora_targets": "targets",
+        "target_modules": "targets",
+        "lora_target_modules": "targets",
+        "r": "lora_rank",
+        "rank": "lora_rank",
+        "lora_r": "lora_rank",
+        "lora_dim": "lora_rank",
+        "alpha": "lora_alpha",
+        "dropout": "lora_dropout",
+        "rslora": "use_rslora",
+        "lora_use_rslora": "use_rslora",
+        "peft_use_rslora": "use_rslora",
+    },
+    "data": {
+        "dataset": "train",
+        "datasets": "train",
+        "train_dataset": "train",
+        "train_data": "train",
+        "train_file": "train",
+        "train_files": "train",
+        "data_path": "train",
+        "val_dataset": "eval",
+        "val_datasets": "eval",
+        "eval_dataset": "eval",
+        "eval_datasets": "eval",
+        "test_datasets": "eval",
+        "validation": "eval",
+        "validation_file": "eval",
+        "cutoff_len": "max_length",
+        "max_seq_length": "max_length",
+        "max_seq_len": "max_length",
+        "model_max_length": "max_length",
+        "sequence_len": "max_length",
+        "sequence_length": "max_length",
+        "truncation_strategy": "over_length",
+        "default_system": "system",
+        "system_prompt": "system",
+        "image_max_pixels": "max_image_pixels",
+        "max_pixels": "max_image_pixels",
+    },
+    "objective": {
+        "stage": "name",
+        "task_type": "name",
+        "rlhf_type": "name",
+        "label_smoothing": "label_smoothing_factor",
+    },
+    "train": {
+        "batch_size": "per_device_train_batch_size",
+        "micro_batch_size": "per_device_train_batch_size",
+        "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+        "per_gpu_train_batch_size": "per_device_train_batch_size",
+        "per_device_batch_size": "per_device_train_batch_size",
+        "gradient_accumulation": "gradient_accumulation_steps",
+        "grad_accumulation": "gradient_accumulation_steps",
+        "grad_accum": "gradient_accumulation_steps",
+        "accumulate_grad_batches": "gradient_accumulation_steps",
+        "global_batch_size": "effective_batch_size",
+        "total_batch_size": "effective_batch_size",
+        "total_train_batch_size": "effective_batch_size",
+        "epochs": "num_train_epochs",
+        "num_epochs": "num_train_epochs",
+        "n_epochs": "num_train_epochs",
+        "max_epochs": "num_train_epochs",
+        "max_train_steps": "max_steps",
+        "num_steps": "max_steps",
+        "total_steps": "max_steps",
+        "steps": "max_steps",
+        "lr": "learning_rate",
+        "peak_lr": "learning_rate",
+        "lr_scheduler": "lr_scheduler_type",
+        "lr_schedule": "lr_scheduler_type",
+        "scheduler": "lr_scheduler_type",
+        "scheduler_type": "lr_scheduler_type",
+        "warmup_fraction": "warmup_ratio",
+        "wd": "weight_decay",
+        "beta1": "adam_beta1",
+        "beta2": "adam_beta2",
+        "adam_eps": "adam_epsilon",
+        "eps": "adam_epsilon",
+        "grad_clip": "max_grad_norm",
+        "gradient_clipping": "max_grad_norm",
+        "gradient_clip_val": "max_grad_norm",
+        "clip_grad_norm": "max_grad_norm",
+        "use_bf16": "bf16",
+        "activation_checkpointing": "gradient_checkpointing",
+        "use_gradient_checkpointing": "gradient_checkpointing",
+        "log_steps": "logging_steps",
+        "log_interval": "logging_steps",
+        "log_every": "logging_steps",
+        "eval_interval": "eval_steps",
+        "eval_every": "eval_steps",
+        "save_interval": "save_steps",
+        "save_every": "save_steps",
+        "checkpointing_steps": "save_steps",
+        "keep_checkpoints": "save_total_limit",
+        "max_checkpoints": "save_total_limit",
+        "patience": "early_stopping_patience",
+        "num_workers": "dataloader_num_workers",
+        "dataloader_workers": "dataloader_num_workers",
+        "preprocessing_num_workers": "dataloader_num_workers",
+        "random_state": "seed",
+        "random_seed": "seed",
+        "out_dir": "output_dir",
+        "output": "output_dir",
+        "output_path": "output_dir",
+        "loggers": "report_to",
+        "logger": "report_to",
+    },
+    "evaluate": {
+        "eval_batch_size": "per_device_eval_batch_size",
+        "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+        "max_tokens": "max_new_tokens",
+        "beams": "num_beams",
+    },
+    "export": {"merge_lora": "merge", "merge_adapter": "merge", "export_size": "max_shard_size"},
+}
+"""section -> other spelling -> field of that section."""
+
+OWN_ONLY: dict[str, dict[str, str]] = {
+    "model": {"name": "name_or_path", "path": "name_or_path", "id": "name_or_path"},
+    "objective": {"type": "name"},
+    "quantization": {"type": "bnb_4bit_quant_type"},
+    "adapter": {"type": "method"},
+    "evaluate": {"batch_size": "per_device_eval_batch_size"},
+}
+"""Spellings that mean something only inside their section."""
+
+SOURCE = {
+    "file": "path",
+    "data_path": "path",
+    "dataset_path": "path",
+    "file_name": "path",
+    "data_files": "path",
+    "image_root": "media_root",
+    "image_dir": "media_root",
+    "image_folder": "media_root",
+    "images_dir": "media_root",
+    "media_dir": "media_root",
+    "media_folder": "media_root",
+    "formatting": "format",
+    "type": "format",
+    "limit": "num_samples",
+    "max_samples": "num_samples",
+    "num_rows": "num_samples",
+}
+"""Keys of one data set."""
+
+PART = {"r": "lora_rank", "rank": "lora_rank", "alpha": "lora_alpha", "lr": "learning_rate", "train": "mode"}
+"""Keys of one entry of `adapter.parts`."""
+
+ELSEWHERE = {
+    ("model", "load_in_4bit"): "quantization.load_in_4bit",
+    ("model", "load_in_8bit"): "quantization.load_in_8bit",
+    ("model", "max_seq_length"): "data.max_length",
+    ("model", "model_max_length"): "data.max_length",
+    ("train", "label_smoothing_factor"): "objective.label_smoothing_factor",
+    ("train", "label_smoothing"): "objective.label_smoothing_factor",
+    ("train", "max_length"): "data.max_length",
+    ("train", "max_seq_length"): "data.max_length",
+    ("train", "per_device_eval_batch_size"): "evaluate.per_device_eval_batch_size",
+}
+"""Keys that other tools keep in another section."""
+
+WHOLE = {"model": "name_or_path", "data": "train", "objective": "name", "adapter": "method"}
+"""What a section means that holds one word instead of keys."""
+
+_DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+    **{f"torch.{name}": name for name in ("bfloat16", "float16", "float32")},
+}
+WORDS: dict[str, dict[str, str]] = {
+    "model.dtype": _DTYPES,
+    "quantization.bnb_4bit_compute_dtype": _DTYPES,
+    "export.dtype": _DTYPES,
+    "adapter.method": {"full_finetune": "full", "full_parameter": "full", "fft": "full", "LORA": "lora"},
+    "model.attn_implementation": {
+        "flash_attn": "flash_attention_2",
+        "flash_attn_2": "flash_attention_2",
+        "fa2": "flash_attention_2",
+        "flex": "flex_attention",
+    },
+    "train.lr_scheduler_type": {
+        "constant_with_warmup": "constant",
+        "linear_with_warmup": "linear",
+        "cosine_with_warmup": "cosine",
+        "cosine_schedule_with_warmup": "cosine",
+    },
+    "objective.name": {"SFT": "sft", "CAUSAL_LM": "sft"},
+    "data.over_length": {"raise": "error", "delete": "drop"},
+}
+"""Other tools' words for a value."""
+
+ADAMW = ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf")
+
+_CODE = "mmft never runs code from a model folder; delete the line"
+_TEMPLATE = "the processor's own chat template is used; delete the line"
+_MIXED = "set train.bf16: true, or train.bf16: false for full precision"
+_FROZEN = "a part is frozen unless adapter.targets names it; delete the line"
+REFUSED = {
+    "trust_remote_code": _CODE,
+    "remote_code": _CODE,
+    "template": _TEMPLATE,
+    "chat_template": _TEMPLATE,
+    "fp16": _MIXED,
+    "mixed_precision": _MIXED,
+    "warmup_steps": "write train.warmup_ratio: warmup_steps / number of steps",
+    "freeze_vision_tower": _FROZEN,
+    "freeze_vit": _FROZEN,
+    "freeze_llm": _FROZEN,
+    "freeze_language_model": _FROZEN,
+    "freeze_aligner": _FROZEN,
+    "freeze_multi_modal_projector": _FROZEN,
+    "lora_target_linear": "write adapter.targets: all-linear",
+    "modules_to_save": "write adapter.parts: {PART: {mode: full}}",
+    "do_train": "mmft train always trains; delete the line",
+    "do_eval": "evaluation runs when data.eval is given; delete the line",
+    "eval_strategy": "write train.eval_steps: N; 0 evaluates only at the end",
+    "evaluation_strategy": "write train.eval_steps: N; 0 evaluates only at the end",
+    "save_strategy": "write train.save_steps: N; 0 saves only at the end",
+    "overwrite_output_dir": "a run folder is never overwritten; delete the line",
+    "resume_from_checkpoint": "a run continues by itself from its newest good checkpoint; delete the line",
+    "device_map": "accelerate places the model; delete the line",
+    "deepspeed": "start mmft with `accelerate launch` and its own configuration; delete the line",
+    "fsdp": "start mmft with `accelerate launch` and its own configuration; delete the line",
+    "val_size": "write the evaluation rows into a file of their own and name it in data.eval",
+    "val_set_size": "write the evaluation rows into a file of their own and name it in data.eval",
+    "split_dataset_ratio": "write the evaluation rows into a file of their own and name it in data.eval",
+    "train_batch_size": "write train.per_device_train_batch_size, or train.effective_batch_size for the whole step",
+    "packing": "rows are not packed; delete the line",
+    "bias": "biases are not trained; delete the line",
+    "hub_token": "no secret belongs into a recipe; use `hf auth login`",
+    "push_to_hub": "mmft does not upload; delete the line",
+}
+"""Keys of other tools that have no counterpart, and what to do instead."""

@@ -1,0 +1,251 @@
+"""The recipe: one pydantic model per section, closed (an unknown key is an error), frozen, no torch.
+
+Field names are those of `transformers.TrainingArguments` and of peft; the spellings of other tools are accepted
+as aliases (`mmft/recipe/aliases.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PartName = Literal["vision", "audio", "projector", "cross_attention", "language", "head"]
+DType = Literal["float32", "bfloat16", "float16"]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    """What all sections have in common."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """Which pretrained backbone is loaded, and how."""
+
+    name_or_path: str
+    """A hub id, a folder, or `shipped:nano-vlm`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; pin a commit for a run that others must repeat."""
+    model_type: str | None = None
+    """transformers' name of the family; only `mmft plan` reads it, when the hub is out of reach."""
+    dtype: DType = "bfloat16"
+    """Type of the weights in memory (those that are not quantized)."""
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] = "sdpa"
+    """Attention kernel, by transformers' names."""
+
+
+class QuantizationSection(Section):
+    """bitsandbytes quantization of the frozen base; absent keys mean no quantization."""
+
+    load_in_4bit: bool = False
+    """Linear layers in 4 bits (QLoRA)."""
+    load_in_8bit: bool = False
+    """Linear layers in LLM.int8()."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """Code book of the 4-bit type."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantize the quantization constants too (0.37 bit a parameter)."""
+    bnb_4bit_compute_dtype: DType = "bfloat16"
+    """Type the products are computed in."""
+    parts: tuple[PartName, ...] = ("language",)
+    """Parts whose linear layers are quantized; the vision tower stays in 16 bits unless it is named here."""
+
+
+class PartAdapter(Section):
+    """How one part is trained, where it differs from the adapter section."""
+
+    mode: Literal["frozen", "lora", "full"] = "lora"
+    """`full` trains the part's own weights and saves them with the adapter."""
+    lora_rank: Positive | None = None
+    """Rank in this part."""
+    lora_alpha: Rate | None = None
+    """Alpha in this part."""
+    learning_rate: Rate | None = None
+    """Peak learning rate of this part."""
+
+
+class AdapterSection(Section):
+    """What is trained."""
+
+    method: Literal["lora", "full"] = "lora"
+    """`full` trains the parts named in `targets` without any adapter."""
+    targets: tuple[str, ...] = ("language.attention", "language.mlp")
+    """Parts, or sub-parts as `part.attention`, `part.mlp`; `all-linear` means every linear layer of `language`."""
+    lora_rank: Positive = 16
+    """Rank r of the update B A."""
+    lora_alpha: Rate = 32.0
+    """The update is scaled by alpha / r."""
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout on the adapter's input."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) (Kalajdzievski 2023)."""
+    parts: dict[PartName, PartAdapter] = {}
+    """Per-part mode, rank, alpha and learning rate."""
+
+
+class DataSource(Section):
+    """One data set."""
+
+    path: str
+    """A .jsonl/.json/.parquet/.csv file, a local `datasets` folder, or `shipped:emoji-scenes/NAME`."""
+    name: str | None = None
+    """Name in reports; the file's stem if not given."""
+    format: Literal["auto", "messages", "llava", "qa"] = "auto"
+    """Layout of the rows; `auto` looks at the first rows and prints what it chose."""
+    media_root: str | None = None
+    """Folder that image paths are relative to and may not leave; the data file's folder if not given."""
+    num_samples: Positive | None = None
+    """Only this many rows, chosen by the seed."""
+    columns: dict[str, str] = {}
+    """For `qa` rows: which column is `image`, `question`, `answer`."""
+
+
+class DataSection(Section):
+    """What is learned from, and what is evaluated on."""
+
+    train: tuple[DataSource, ...]
+    """Training sets; their rows are mixed."""
+    eval: tuple[DataSource, ...] = ()
+    """Evaluation sets; the first is the one that `scores` in the report speaks of."""
+    max_length: Positive = 2048
+    """Longest row in tokens, image tokens included."""
+    over_length: Literal["error", "drop", "truncate_text"] = "error"
+    """What happens to a longer row; image tokens are never cut."""
+    system: str | None = None
+    """System turn put before rows that have none."""
+    supervise: Literal["answers", "last_answer"] = "answers"
+    """Which assistant turns carry loss."""
+    max_image_pixels: Positive = 40_000_000
+    """A picture whose header says more than this is refused before it is decoded."""
+    max_bad_fraction: Share = 0.0
+    """Share of bad rows that are left out (counted and listed) before the run is refused."""
+
+
+class ObjectiveSection(Section):
+    """What is minimised."""
+
+    name: Literal["sft"] = "sft"
+    """Supervised fine-tuning: cross-entropy of the answers' tokens."""
+    label_smoothing_factor: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the target spread evenly over the vocabulary."""
+
+
+class TrainSection(Section):
+    """How it is minimised. Lengths in steps mean optimizer steps."""
+
+    output_dir: str = "runs"
+    """The run folder is `output_dir/NAME`."""
+    seed: int = 0
+    """Seed of the order, of dropout, of the adapters' start."""
+    per_device_train_batch_size: Positive = 8
+    """Rows in one forward."""
+    gradient_accumulation_steps: Positive = 1
+    """Forwards per optimizer step, when `effective_batch_size` is not given."""
+    effective_batch_size: Positive | None = None
+    """Rows per optimizer step over all processes; accumulation follows from it, so the numbers do not depend on the
+    number of processes."""
+    num_train_epochs: Rate = 1.0
+    """Passes over the data, when `max_steps` is not given."""
+    max_steps: Positive | None = None
+    """Optimizer steps."""
+    learning_rate: Rate = 2e-4
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_ratio: Share = 0.03
+    """Share of the steps that warm up linearly."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW's decay; biases, norms and one-dimensional weights are left out."""
+    adam_beta1: Share = 0.9
+    """AdamW's first moment."""
+    adam_beta2: Share = 0.999
+    """AdamW's second moment."""
+    adam_epsilon: Rate = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
+    """Gradients are clipped to this norm; 0 switches it off."""
+    bf16: bool = True
+    """Products in bfloat16 (autocast)."""
+    gradient_checkpointing: bool = False
+    """Recompute the language layers' activations in the backward pass."""
+    logging_steps: Positive = 10
+    """Steps between two lines of metrics."""
+    eval_steps: Count = 0
+    """Steps between two evaluations of the loss; 0: only at the end."""
+    save_steps: Count = 100
+    """Steps between two checkpoints; 0: only at the end."""
+    save_total_limit: Positive = 2
+    """Checkpoints kept; an older one is deleted only after a newer one verifies."""
+    early_stopping_patience: Count = 0
+    """Evaluations without a better loss after which training stops; 0 switches it off."""
+    load_best_model_at_end: bool = False
+    """Keep the weights of the best evaluation instead of the last."""
+    dataloader_num_workers: Count = 0
+    """Processes that open and render rows."""
+    report_to: tuple[str, ...] = ()
+    """`tensorboard`, `wandb`, … by accelerate's names; metrics.jsonl is always written."""
+
+
+class EvaluateSection(Section):
+    """How base, adapter and merged model are compared."""
+
+    models: tuple[Literal["base", "adapter", "merged"], ...] = ("base", "adapter", "merged")
+    """Which models answer the evaluation rows."""
+    metrics: tuple[Literal["exact_match", "vqa_accuracy", "token_f1", "cider", "bleu", "rouge_l"], ...] = (
+        "exact_match",
+        "token_f1",
+    )
+    """The first one is the headline."""
+    per_device_eval_batch_size: Positive = 16
+    """Rows generated at once."""
+    max_new_tokens: Positive = 64
+    """Longest answer."""
+    num_beams: Positive = 1
+    """1 is greedy."""
+    group_by: tuple[str, ...] = ()
+    """Tags of the rows by which the scores are split, for example `type`."""
+    bootstrap_samples: Positive = 1000
+    """Resamples behind each 95 % interval."""
+
+
+class ExportSection(Section):
+    """What is written at the end."""
+
+    merge: bool = True
+    """Write a merged model folder."""
+    merge_onto: Literal["base", "dequantized"] = "base"
+    """For a quantized base: merge into the original 16-bit weights, or into what training really saw."""
+    dtype: DType | None = None
+    """Type of the merged weights; the base's own if not given."""
+    max_shard_size: str = "5GB"
+    """Largest weight file."""
+    verify_rows: Count = 8
+    """Evaluation rows on which merged and adapter model are compared."""
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: str
+    """Name of the run; the file's stem if not given."""
+    model: ModelSection
+    """Backbone."""
+    quantization: QuantizationSection = QuantizationSection()
+    """Quantization of the base."""
+    adapter: AdapterSection = AdapterSection()
+    """What is trained."""
+    data: DataSection
+    """Data."""
+    objective: ObjectiveSection = ObjectiveSection()
+    """Objective."""
+    train: TrainSection = TrainSection()
+    """Engine."""
+    evaluate: EvaluateSection = EvaluateSection()
+    """Evaluation."""
+    export: ExportSection = ExportSection()
+    """Export."""

@@ -1,0 +1,59 @@
+"""The story of a run: recipe → backbone → adapters → data → objective → engine → export → evaluation → report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmft.adapters.build import build_adapters
+from mmft.backbones.load import load_backbone
+from mmft.outcome import evaluate_stage, export_stage, keep_trained, report_stage, restore_trained
+from mmft.recipe.load import load_recipe
+from mmft.runfolder import find_run, open_run, read_json
+from mmft.stages import load_datasets, make_accelerator, train_stage
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Run a recipe to its end; returns the report (an empty dict on ranks other than 0).
+
+    Raises MmftError of the kind that stopped it, and Interrupted (SystemExit) after a signal's checkpoint.
+    """
+    loaded = load_recipe(recipe, overrides)
+    accelerator = make_accelerator(loaded.train)
+    rank = accelerator.process_index
+    with open_run(loaded, resume=resume, overwrite=overwrite, rank=rank, quiet=quiet) as run:
+        accelerator.wait_for_everyone()
+        if resume and (done := read_json(run.report)).get("complete"):
+            run.journal.say(f"{run.path} is complete; nothing was left to do")
+            return done
+        backbone = load_backbone(loaded.model, loaded.quantization, device=accelerator.device)
+        adapted = build_adapters(backbone, loaded.adapter, seed=loaded.train.seed)
+        run.journal.table("trained", ["part", "what", "mode", "modules", "parameters"], adapted.table())
+        datasets = load_datasets(loaded, backbone.processor, run.journal)
+        train_stage(run, adapted, datasets, accelerator, resume=resume)
+        report: dict[str, Any] = {}
+        if accelerator.is_main_process:
+            keep_trained(run, adapted)
+            merge = export_stage(run, adapted, datasets)
+            evaluate_stage(run, adapted, datasets)
+            report = report_stage(run, merge)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        return report
+
+
+def evaluate(path: str | Path, *, quiet: bool = False) -> dict[str, Any]:
+    """Answer a run's evaluation rows again with the models it kept; rewrites predictions and report."""
+    run = find_run(path, quiet=quiet)
+    adapted = restore_trained(run)
+    datasets = load_datasets(run.recipe, adapted.backbone.processor, run.journal)
+    evaluate_stage(run, adapted, datasets)
+    return report_stage(run, read_json(run.merged / "merge_report.json"))

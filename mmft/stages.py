@@ -1,0 +1,205 @@
+"""The stages of a run that `run.py` tells as a story; each takes what the one before gave."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from mmft.adapters.build import Adapted
+from mmft.backbones.fingerprint import fingerprint
+from mmft.backbones.load import Backbone
+from mmft.data.audit import fingerprint as fingerprint_samples
+from mmft.data.formats import load_all
+from mmft.data.order import StepPlan
+from mmft.data.render import Renderer
+from mmft.data.sample import Sample
+from mmft.engine.callbacks import Callback, MetricsWriter, Progress
+from mmft.engine.guards import Interrupted
+from mmft.engine.loop import Engine, TrainJob
+from mmft.engine.state import TrainState
+from mmft.errors import RecipeError
+from mmft.files import sha256_bytes, to_json, write_json
+from mmft.journal import Journal
+from mmft.objectives.build import build_objective
+from mmft.recipe.load import recipe_digest
+from mmft.recipe.schema import Recipe, TrainSection
+from mmft.runfolder import RunFolder, read_json, versions
+
+COLLECTIVE_TIMEOUT = timedelta(hours=6)  # ranks wait in a barrier while rank 0 evaluates
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """Training rows and, by name, the evaluation sets; the renderer that both go through."""
+
+    train: list[Sample]
+    evals: dict[str, list[Sample]]
+    renderer: Renderer
+    fingerprint: str
+
+
+def make_accelerator(section: TrainSection) -> Accelerator:
+    """accelerate for device, ranks and trackers; precision and accumulation are the engine's own."""
+    return Accelerator(
+        mixed_precision="no",
+        gradient_accumulation_steps=1,
+        log_with=list(section.report_to) or None,
+        project_dir=str(section.output_dir),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
+        ],
+    )
+
+
+def make_renderer(recipe: Recipe, processor: Any) -> Renderer:
+    """The renderer a recipe asks for."""
+    data = recipe.data
+    return Renderer(
+        processor,
+        max_length=data.max_length,
+        over_length=data.over_length,
+        supervise=data.supervise,
+        max_image_pixels=data.max_image_pixels,
+    )
+
+
+def load_datasets(recipe: Recipe, processor: Any, journal: Journal) -> Datasets:
+    """Read and check all rows. Raises DataError with the first causes by file:line."""
+    data, seed = recipe.data, recipe.train.seed
+    train = load_all(data.train, data, seed=seed)
+    evals: dict[str, list[Sample]] = {}
+    for source in data.eval:
+        rows = load_all((source,), data, seed=seed)
+        evals.setdefault(rows[0].source if rows else source.path, []).extend(rows)
+    renderer = make_renderer(recipe, processor)
+    if data.over_length == "drop":
+        kept = [sample for sample in train if renderer.fits(sample)]
+        journal.say(f"dropped {len(train) - len(kept)} of {len(train)} rows longer than {data.max_length} tokens")
+        train = kept
+    return Datasets(train, evals, renderer, fingerprint_samples(train))
+
+
+def plan_steps(recipe: Recipe, rows: int, world: int) -> tuple[StepPlan, int]:
+    """Rows of every step, and how many steps. Raises RecipeError when the batch does not divide over the processes."""
+    section = recipe.train
+    micro = section.per_device_train_batch_size
+    if section.effective_batch_size is None:
+        per_step = section.gradient_accumulation_steps * world
+    else:
+        per_step = section.effective_batch_size // micro
+        if section.effective_batch_size % (micro * world):
+            raise RecipeError(
+                f"train.effective_batch_size {section.effective_batch_size} does not divide into {world} processes "
+                f"of per_device_train_batch_size {micro}",
+                where="train.effective_batch_size",
+                allowed=f"a multiple of {micro * world}",
+                do="change one of the three numbers",
+            )
+    plan = StepPlan(rows=rows, micro_batch=micro, micro_per_step=per_step, world=world, seed=section.seed)
+    return plan, section.max_steps or plan.steps_for(section.num_train_epochs)
+
+
+def identity(recipe: Recipe, backbone: Backbone, datasets: Datasets, plan: StepPlan) -> dict[str, str]:
+    """Digests of what a resumed run must share with the run it goes on with."""
+    base = fingerprint(backbone.folder) if backbone.folder is not None else {"name": backbone.name}
+    return {
+        "recipe": recipe_digest(recipe),
+        "base": sha256_bytes(to_json(base).encode()),
+        "data": datasets.fingerprint,
+        "rows_per_step": str(plan.rows_per_step),
+    }
+
+
+def train_stage(
+    run: RunFolder,
+    adapted: Adapted,
+    datasets: Datasets,
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+    extra: Sequence[Callback] = (),
+) -> TrainState:
+    """Train and write `training.json`. Raises Interrupted (SystemExit 128 + n) after a signal's checkpoint."""
+    recipe = run.recipe
+    plan, total = plan_steps(recipe, len(datasets.train), accelerator.num_processes)
+    writer = MetricsWriter(run.journal, accelerator, every=recipe.train.logging_steps)
+    job = TrainJob(
+        adapted=adapted,
+        objective=build_objective(recipe.objective, adapted.model),
+        samples=datasets.train,
+        eval_samples=next(iter(datasets.evals.values()), []),
+        renderer=datasets.renderer,
+        plan=plan,
+        total_steps=total,
+        eval_batch_size=recipe.evaluate.per_device_eval_batch_size,
+        section=recipe.train,
+        folder=run.path,
+        identity=identity(recipe, adapted.backbone, datasets, plan),
+    )
+    engine = Engine(
+        job, accelerator=accelerator, journal=run.journal, callbacks=[Progress(run.journal), writer, *extra]
+    )
+    begin = time.monotonic()
+    state = engine.fit(resume=resume)
+    if accelerator.is_main_process:
+        _write_facts(run, adapted, state, seconds=time.monotonic() - begin, rows=len(datasets.train), plan=plan)
+    if (state.stopped or "").startswith("signal"):
+        number = int((state.stopped or "signal 15").split()[1])
+        raise Interrupted(number, f"stopped by signal {number} after step {state.step}; go on with --resume")
+    return state
+
+
+def _write_facts(
+    run: RunFolder, adapted: Adapted, state: TrainState, *, seconds: float, rows: int, plan: StepPlan
+) -> None:
+    before = read_json(run.facts)
+    steps_here = state.step - before.get("steps", 0)
+    spent = before.get("seconds", 0.0) + (seconds if steps_here or not before else 0.0)
+    trained = {name: param.numel() for name, param in adapted.trainable().items()}
+    write_json(
+        run.facts,
+        {
+            "steps": state.step,
+            "seconds": spent,
+            "samples_per_second": state.samples_consumed / max(spent, 1e-9),
+            "samples": state.samples_consumed,
+            "tokens": state.tokens_consumed,
+            "rows": rows,
+            "rows_per_step": plan.rows_per_step,
+            "epochs": plan.epoch_at(state.step),
+            "peak_memory": peak_memory(),
+            "trainable": sum(trained.values()),
+            "parts": adapted.table(),
+            "stopped": state.stopped,
+            "best_loss": state.best_loss,
+            "seed": run.recipe.train.seed,
+            "method": adapted.method,
+            "versions": versions(),
+        },
+    )
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes (device memory where there is a device)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def local_folder(backbone: Backbone) -> Path:
+    """The base's own files, which a merge reads."""
+    if backbone.folder is None:
+        raise RecipeError(
+            f"{backbone.name} has no local files", where="model.name_or_path", do="give a folder or hub id"
+        )
+    return backbone.folder

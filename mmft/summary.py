@@ -1,0 +1,115 @@
+"""Results as short plain texts for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def grid(columns: list[str], rows: list[list[str]]) -> list[str]:
+    """Aligned columns; numbers to the right."""
+    cells = [columns, *rows]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+
+    def line(row: list[str]) -> str:
+        padded = [
+            cell.rjust(width) if index and _numeric(cell) else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(padded).rstrip()
+
+    return [line(columns), "  ".join("-" * width for width in widths), *(line(row) for row in rows)]
+
+
+def _numeric(cell: str) -> bool:
+    return bool(cell) and cell[0] in "+-0123456789"
+
+
+def _score(score: dict[str, Any] | None) -> str:
+    if not score:
+        return "-"
+    return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+
+
+def summary_text(report: dict[str, Any]) -> str:
+    """Scores of each set by model, what the merge proved, where the page is."""
+    lines = [f"run {report['name']}"]
+    rows: list[list[str]] = []
+    models = list(report.get("scores", {}))
+    for name, one in report.get("sets", {}).items():
+        for metric in next(iter(one["scores"].values()), {}):
+            count = str(next(iter(one["scores"].values()))[metric]["n"])
+            rows.append([name, metric, count, *(_score(one["scores"][model].get(metric)) for model in models)])
+        headline = report.get("headline")
+        for tag, values in one.get("groups", {}).items():
+            for value, group in values.items():
+                scores = [_score(group["scores"].get(model, {}).get(headline)) for model in models]
+                count = str(next(iter(group["scores"].values()))[headline]["n"])
+                label = value if "=" in value else f"{tag}={value}"
+                rows.append([f"  {label}", str(headline), count, *scores])
+    if rows:
+        lines += grid(["set", "metric", "rows", *models], rows)
+    training = report.get("training", {})
+    if training.get("steps"):
+        lines.append(
+            f"trained {training['steps']} steps in {training['seconds']:.0f} s "
+            f"({training['samples_per_second']:.1f} samples/s), peak memory {training['peak_memory'] / 1e9:.2f} GB"
+        )
+    if report.get("merge"):
+        lines.append(merge_text(report["merge"]))
+    if report.get("page"):
+        lines.append(f"report: {report['page']}")
+    return "\n".join(lines)
+
+
+def merge_text(merge: dict[str, Any]) -> str:
+    """One line about a merge and one about its proof."""
+    lines = []
+    if "tensors" in merge:
+        lines.append(
+            f"merged {merge['merged_tensors']} of {merge['tensors']} tensors onto {merge['onto']}: {merge['folder']}"
+        )
+    proof = merge.get("proof")
+    if proof:
+        outputs = proof.get("outputs") or {}
+        words = f"proof: {proof['untouched']} untouched tensors byte-equal"
+        if outputs:
+            words += (
+                f", outputs differ by at most {outputs['max_abs_difference']:.2e}, "
+                f"same choice at {outputs['argmax_agreement']:.2%} of positions"
+            )
+        lines.append(words)
+    return "\n".join(lines) or "nothing merged"
+
+
+def inspect_text(values: dict[str, Any]) -> str:
+    """Parts with counts, then the linear layers that the given targets hit."""
+    rows = [
+        [name, f"{part['parameters']:,}", str(len(part["linears"])), ", ".join(part["modules"][:4])]
+        for name, part in values["parts"].items()
+        if part["parameters"] or part["modules"]
+    ]
+    lines = [f"{values['model_type']}: {values['parameters']:,} parameters"]
+    lines += grid(["part", "parameters", "linears", "modules"], rows)
+    if values.get("targets"):
+        lines += ["", f"targets hit {len(values['targets'])} linear layers:", *values["targets"]]
+    return "\n".join(lines)
+
+
+def plan_text(values: dict[str, Any]) -> str:
+    """The plan on one screen."""
+    lines = [f"plan of {values['name']}: {values['model']['name']} ({values['model']['model_type']})"]
+    rows = [[part["part"], f"{part['parameters']:,}", f"{part['trainable']:,}"] for part in values["parts"]]
+    lines += grid(["part", "parameters", "trainable"], rows)
+    lines += ["", *grid(["target", "modules", "rank"], [[*map(str, row)] for row in values["targets"]])]
+    if values.get("data"):
+        lines += ["", *grid(["set", "rows"], [[name, f"{count:,}"] for name, count in values["data"].items()])]
+    if values.get("tokens"):
+        columns = ["tokens per row", "p50", "p90", "p99", "max"]
+        rows = [[kind, *(f"{row[key]:,}" for key in columns[1:])] for kind, row in values["tokens"].items()]
+        lines += ["", *grid(columns, rows)]
+    steps = values["steps"]
+    lines += ["", f"steps: {steps['total']:,} of {steps['rows_per_step']} rows ({steps['epochs']:.2f} epochs)"]
+    memory = values["memory"]
+    lines.append("memory estimate: " + ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in memory.items()))
+    lines += [f"note: {note}" for note in values.get("notes", [])]
+    return "\n".join(lines)

@@ -1,0 +1,136 @@
+"""`mmft trace`: one row's way through the ten stations, with type, shape, digest and source line of each."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmft.adapters.build import Adapted, build_adapters, set_modes
+from mmft.adapters.store import save_adapter
+from mmft.backbones.load import load_backbone
+from mmft.data.audit import audit
+from mmft.data.collate import collate
+from mmft.data.formats import load_all
+from mmft.data.media import open_image
+from mmft.data.order import StepPlan
+from mmft.data.sample import Sample
+from mmft.engine.loop import Engine
+from mmft.errors import RecipeError
+from mmft.export.merge import merge_adapter
+from mmft.objectives.build import build_objective
+from mmft.recipe.load import load_recipe
+from mmft.recipe.schema import Recipe
+from mmft.stages import make_renderer, plan_steps
+
+Station = dict[str, Any]
+
+
+def trace_row(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, row: int = 0) -> list[Station]:
+    """One entry per station: `station`, `what` (type and a word on the value), `shape`, `digest`, `code` (file:line).
+
+    Loads the backbone and does one forward and backward of the row; nothing is written. Raises RecipeError when there
+    is no such row.
+    """
+    loaded = load_recipe(recipe, overrides)
+    samples = load_all(loaded.data.train, loaded.data, seed=loaded.train.seed)
+    if not 0 <= row < len(samples):
+        raise RecipeError(f"row {row} does not exist", where="--row", allowed=f"0 to {len(samples) - 1}")
+    backbone = load_backbone(loaded.model, loaded.quantization)
+    adapted = build_adapters(backbone, loaded.adapter, seed=loaded.train.seed)
+    return [
+        *_data_stations(loaded, adapted, samples, row=row),
+        *_model_stations(loaded, adapted, samples[row]),
+    ]
+
+
+def _data_stations(recipe: Recipe, adapted: Adapted, samples: Sequence[Sample], *, row: int) -> list[Station]:
+    sample = samples[row]
+    renderer = make_renderer(recipe, adapted.backbone.processor)
+    plan, total = plan_steps(recipe, len(samples), 1)
+    step = next((s for s in range(total) if any(seen == row for seen, _ in plan.step_rows(s))), None)
+    checked = audit([sample], renderer)
+    rendered = renderer.render(sample)
+    batch = collate([rendered], pad_token_id=adapted.backbone.pad_token_id)
+    turns = f"{len(sample.turns)} turns, {len(sample.media)} media"
+    pictures = [open_image(ref, max_pixels=recipe.data.max_image_pixels) for ref in sample.media]
+    supervised = int((rendered.labels != -100).sum())
+    return [
+        _station("1 formats", load_all, what=f"Sample {sample.id} ({sample.where})", shape=turns, value=sample.turns),
+        _station("2 audit", audit, what="Audit", shape=f"{checked.rows} row", value=checked.fingerprint),
+        _station("3 order", StepPlan.micro_batches, what=f"seen in step {step}", shape=f"of {total} steps", value=step),
+        *(
+            _station("4 media", open_image, what=f"{image.mode} image", shape=str(image.size), value=image.tobytes())
+            for image in pictures
+        ),
+        _station(
+            "5 render",
+            renderer.render,
+            what=f"Rendered, {rendered.media_tokens} image tokens, {supervised} supervised",
+            shape=str(tuple(rendered.input_ids.shape)),
+            value=torch.stack([rendered.input_ids, rendered.labels]),
+        ),
+        *(
+            _station(
+                "6 collate", collate, what=f"Batch.{key} {value.dtype}", shape=str(tuple(value.shape)), value=value
+            )
+            for key, value in batch.inputs.items()
+        ),
+    ]
+
+
+def _model_stations(recipe: Recipe, adapted: Adapted, sample: Sample) -> list[Station]:
+    objective = build_objective(recipe.objective, adapted.model)
+    renderer = make_renderer(recipe, adapted.backbone.processor)
+    batch = collate([renderer.render(sample)], pad_token_id=adapted.backbone.pad_token_id)
+    set_modes(adapted)
+    torch.manual_seed(recipe.train.seed)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.train.bf16):
+        loss = objective.loss(adapted.model, batch)
+    (loss.sum / max(loss.count, 1)).backward()
+    norms: dict[str, float] = {}
+    for group in adapted.groups:
+        params = adapted.trainable()
+        square = sum(float(params[name].grad.norm()) ** 2 for name in group.names if params[name].grad is not None)
+        norms[group.part] = norms.get(group.part, 0.0) + square
+    shown = ", ".join(f"{part} {square**0.5:.3g}" for part, square in sorted(norms.items()))
+    frozen = sum(1 for param in adapted.model.parameters() if not param.requires_grad and param.grad is not None)
+    count = sum(param.numel() for param in adapted.trainable().values())
+    mean = float(loss.sum.detach()) / max(loss.count, 1)
+    return [
+        _station("7 objective", objective.loss, what=f"Loss {mean:.4f}", shape=f"{loss.count} tokens", value=loss.sum),
+        _station(
+            "8 loop", Engine.fit, what=f"gradient norms: {shown}", shape=f"{frozen} frozen with gradient", value=norms
+        ),
+        _station(
+            "9 store", save_adapter, what=f"{len(adapted.trainable())} tensors", shape=f"{count:,} values", value=count
+        ),
+        _station(
+            "10 merge",
+            merge_adapter,
+            what="W + s·BA",
+            shape=f"{sum(len(t.modules) for t in adapted.targets)} modules",
+            value=[target.modules for target in adapted.targets],
+        ),
+    ]
+
+
+def _station(name: str, code: Callable[..., Any], *, what: str, shape: str, value: object) -> Station:
+    return {"station": name, "what": what, "shape": shape, "digest": _digest(value), "code": _code(code)}
+
+
+def _digest(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    else:
+        data = value if isinstance(value, bytes) else repr(value).encode()
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def _code(function: Callable[..., Any]) -> str:
+    file = Path(inspect.getsourcefile(function) or "?")
+    return f"mmft/{'/'.join(file.parts[-2:])}:{inspect.getsourcelines(function)[1]}"

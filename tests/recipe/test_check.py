@@ -1,0 +1,154 @@
+"""Each rule of the table fires on its case with its words, at its line, and is silent beside it."""
+
+from __future__ import annotations
+
+import pytest
+
+from mmft.recipe.check import RULES
+
+HEAD = "model: shipped:nano-vlm\ndataset: rows.jsonl\n"
+Q4 = "load_in_4bit: true\n"
+CASES = [
+    (
+        "quantization:\n  load_in_4bit: true\n  load_in_8bit: true\n",
+        "quantization: load_in_4bit and load_in_8bit are both true\n  at      r.yaml:5\n  do      keep one of the two",
+    ),
+    (Q4 + "quantization: {parts: []}\n", "quantization.parts: empty, so nothing is quantized"),
+    (Q4 + "adapter: {method: full}\n", "adapter.method: full, but language is quantized\n  at      r.yaml:4"),
+    (
+        Q4 + "adapter: {targets: [projector], parts: {language: {mode: full}}}\n",
+        "adapter.parts.language: mode full, but language is quantized",
+    ),
+    (
+        "merge_onto: dequantized\n",
+        "export.merge_onto: dequantized, but the base is not quantized\n  at      r.yaml:3\n"
+        "  do      write export.merge_onto: base, or set quantization.load_in_4bit: true",
+    ),
+    (
+        "effective_batch_size: 12\n",
+        "train.effective_batch_size: 12 is not a multiple of per_device_train_batch_size (8)\n  at      r.yaml:3\n"
+        "  do      change one of the two",
+    ),
+    (
+        "effective_batch_size: 16\ngradient_accumulation_steps: 3\n",
+        "train.gradient_accumulation_steps: 3 contradicts effective_batch_size (16) at 8 rows a forward",
+    ),
+    (
+        "load_best_model_at_end: true\nval_dataset: held.jsonl\n",
+        "train.load_best_model_at_end: true, but eval_steps is 0: there is no evaluation to choose by\n"
+        "  at      r.yaml:3\n  do      set train.eval_steps",
+    ),
+    (
+        "patience: 2\nval_dataset: held.jsonl\n",
+        "train.early_stopping_patience: 2, but eval_steps is 0: there is no evaluation to stop by",
+    ),
+    (
+        "patience: 2\neval_steps: 1\n",
+        "data.eval: missing, but load_best_model_at_end or early_stopping_patience needs evaluation rows",
+    ),
+    (
+        "adapter: {targets: [language, vision], parts: {vision: frozen}}\n",
+        "adapter.parts.vision: frozen, but adapter.targets names vision\n  at      r.yaml:3\n"
+        "  do      keep one of the two",
+    ),
+    (
+        "adapter: {parts: {vision: {lora_rank: 4}}}\n",
+        "adapter.parts.vision: no effect, since adapter.targets does not name vision\n  at      r.yaml:3\n"
+        "  do      add vision to adapter.targets",
+    ),
+    (
+        "adapter: {parts: {vision: {mode: full, lora_rank: 4}}}\n",
+        "adapter.parts.vision: lora_rank and lora_alpha have no effect: its mode is full",
+    ),
+    (
+        "export: {merge: false}\nevaluate: {models: [merged]}\n",
+        "evaluate.models: merged, but export.merge is false: there is no merged model\n  at      r.yaml:4",
+    ),
+    ("dtype: float16\n", "train.bf16: true, but model.dtype is float16: the two 16-bit types do not mix"),
+    ("dtype: float16\nbf16: no\nadapter: full\n", "adapter.method: full, but model.dtype is float16"),
+    ("targets: []\n", "adapter.targets: empty, so nothing would be trained"),
+    ("data: {}\nmodels: []\n", "evaluate.models: empty"),
+    ("metrics: []\n", "evaluate.metrics: empty"),
+    ("max_shard_size: many\n", "export.max_shard_size: 'many' is not a size"),
+    ("name: a/b\n", "name: 'a/b' cannot be a folder's name"),
+    ("output_dir: rows.jsonl\n", "train.output_dir: 'rows.jsonl' is, or is below, a file"),
+    ("output_dir: rows.jsonl/x\n", "train.output_dir: 'rows.jsonl/x' is, or is below, a file"),
+    (
+        "targets: [q_proj]\n",
+        "adapter.targets.0: 'q_proj' is not a part\n  at      r.yaml:3\n"
+        "  allowed vision, audio, projector, cross_attention, language, head, language.attention, language.mlp, "
+        "vision.attention, vision.mlp, all-linear\n  do      name parts, not modules, for example language.attention",
+    ),
+    ("targets: [language.atention]\n", "(nearest: 'language.attention')"),
+    ("targets: [vision, vision]\n", "adapter.targets: 'vision' is given twice"),
+    (
+        "eval_dataset: [held.jsnl]\n",
+        "data.eval.0.path: 'held.jsnl' does not exist\n  at      r.yaml:3\n"
+        "  do      check the path (nearest: 'held.jsonl')",
+    ),
+    ("eval_dataset: {path: held.jsonl, media_root: no-where}\n", "data.eval.0.media_root: 'no-where' is not a folder"),
+    ("eval_dataset: [held.jsonl, held.jsonl]\n", "data.eval.1: its name 'held' is that of data.eval.0"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), CASES, ids=[text.replace("\n", "; ") for text, _ in CASES])
+def test_rule(fails, text, expected):
+    error = fails(HEAD + text)
+    assert expected in error
+    assert error.count("RecipeError") == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("./nowhere", "model.name_or_path: './nowhere' does not exist"),
+        ("/no/where", "model.name_or_path: '/no/where' does not exist"),
+        ("a/b/c", "model.name_or_path: 'a/b/c' does not exist"),
+        ("/dev/null", "model.name_or_path: '/dev/null' is a file"),
+        ("s3://x/y", "model.name_or_path: 's3://x/y' is not a model"),
+        ("''", "model.name_or_path: '' is not a model"),
+    ],
+)
+def test_models(fails, model, expected):
+    error = fails(f"model: {model}\ndata: rows.jsonl\n")
+    assert error.startswith(
+        f"RecipeError: {expected}\n  at      r.yaml:1\n  allowed a hub id (ORG/NAME), a folder, or "
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        Q4 + "merge_onto: dequantized\n",
+        Q4 + "adapter: {method: full, targets: [projector]}\n",
+        Q4 + "adapter: {parts: {projector: {mode: full, lr: 1e-5}, vision: {mode: frozen}}}\n",
+        "effective_batch_size: 16\ngradient_accumulation_steps: 2\n",
+        "effective_batch_size: 64\nper_device_train_batch_size: 8\ngradient_accumulation_steps: 2\n",
+        "patience: 2\neval_steps: 1\nval_dataset: held.jsonl\n",
+        "adapter: full\nmodels: [adapter]\n",
+        "models: [base, merged]\n",
+        "max_shard_size: 1.5GiB\n",
+        "eval_dataset: shipped:emoji-scenes/heldout\n",
+        "targets: [vision.mlp, head, all-linear]\n",
+    ],
+)
+def test_what_is_fine(load, text):
+    load(HEAD + text)
+
+
+def test_hub_ids_and_shipped_models_are_not_looked_for(load):
+    for name in ("org/name", "gpt2", "shipped:nano-vlm"):
+        assert load(f"model: {name}\ndata: rows.jsonl\n").model.name_or_path == name
+
+
+def test_every_rule_of_the_table_has_a_case(load):
+    cases = "\n".join(expected for _, expected in CASES) + "data.train: empty"
+    for rule in RULES:
+        assert rule.what.split("{")[0][:40] in cases, rule.what
+
+
+def test_no_data_sets(fails):
+    assert fails("model: shipped:x\ndata: []\n") == (
+        "RecipeError: data.train: empty\n  at      r.yaml:2\n  allowed a list of data sets\n"
+        "  do      name at least one data set"
+    )
