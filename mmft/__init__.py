@@ -44,6 +44,9 @@ def train(
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Run a recipe to its end (train, save, merge, verify, evaluate, report) and return `report.json` as values."""
+    from mmft.quiet import quiet_upstream
+
+    quiet_upstream()
     from mmft.run import train as run
 
     return run(recipe, overrides, resume=resume, overwrite=overwrite, quiet=quiet)
@@ -51,6 +54,9 @@ def train(
 
 def evaluate(run: str | Path, *, quiet: bool = False) -> dict[str, Any]:
     """Answer the evaluation rows of a run again, rewrite its report and return it."""
+    from mmft.quiet import quiet_upstream
+
+    quiet_upstream()
     from mmft.run import evaluate as again
 
     return again(run, quiet=quiet)
@@ -73,6 +79,9 @@ def generate(
     max_new_tokens: int = 64,
 ) -> dict[str, Any]:
     """Answer one question about one image from a run folder, an adapter folder, a model folder or a hub id."""
+    from mmft.quiet import quiet_upstream
+
+    quiet_upstream()
     from mmft.answer import answer
 
     return answer(model, question=question, image=image, which=which, base=base, max_new_tokens=max_new_tokens)
@@ -80,6 +89,9 @@ def generate(
 
 def inspect(model: str, *, revision: str | None = None, targets: Sequence[str] = ()) -> dict[str, Any]:
     """Parts, parameters and linear layers of a model, without reading its weights."""
+    from mmft.quiet import quiet_upstream
+
+    quiet_upstream()
     from mmft.backbones.inspect import inspect_model
 
     return inspect_model(model, revision=revision, targets=tuple(targets))
@@ -87,29 +99,41 @@ def inspect(model: str, *, revision: str | None = None, targets: Sequence[str] =
 
 def plan(recipe: RecipeLike, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What a recipe would do: parts, trainable counts, rows, lengths, steps, memory. Nothing is trained."""
-    from mmft.plan import make_plan
+    from mmft.quiet import quiet_upstream
+
+    quiet_upstream()
+    from mmft.planning import make_plan
 
     return make_plan(recipe, overrides)
 
 
 def preview(recipe: RecipeLike, overrides: Sequence[str] = (), *, rows: int = 8, out: str | Path | None = None) -> Path:
     """Write an HTML page that shows rows as the model gets them, trained tokens coloured; returns its path."""
-    from mmft.plan import write_recipe_preview
+    from mmft.quiet import quiet_upstream
+
+    quiet_upstream()
+    from mmft.planning import write_recipe_preview
 
     return write_recipe_preview(recipe, overrides, rows=rows, out=out)
 
 
 def trace(recipe: RecipeLike, overrides: Sequence[str] = (), *, row: int = 0) -> list[dict[str, Any]]:
     """Walk one row through every station and return type, shape, digest and source line of each."""
-    from mmft.trace import trace_row
+    from mmft.quiet import quiet_upstream
+
+    quiet_upstream()
+    from mmft.tracing import trace_row
 
     return trace_row(recipe, overrides, row=row)
 
 
 def merge(
-    adapter: str | Path, *, base: str | None = None, out: str | Path | None = None, onto: str = "base"
+    adapter: str | Path, *, base: str | None = None, out: str | Path | None = None, onto: str | None = None
 ) -> dict[str, Any]:
     """Merge an adapter (or a run's) into its base, tensor by tensor; returns the merge report."""
+    from mmft.quiet import quiet_upstream
+
+    quiet_upstream()
     from mmft.prove import merge_folder
 
     return merge_folder(adapter, base=base, out=out, onto=onto)
@@ -117,6 +141,9 @@ def merge(
 
 def verify(base: str, adapter: str | Path, merged: str | Path) -> dict[str, Any]:
     """Prove that `merged` is `base` plus `adapter`; raises ExportError when it is not."""
+    from mmft.quiet import quiet_upstream
+
+    quiet_upstream()
     from mmft.prove import verify_folder_merge
 
     return verify_folder_merge(base, adapter, merged)

@@ -148,9 +148,9 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: Js
 @app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Run folder or adapter folder.")],
-    out: Annotated[Path | None, typer.Option(help="New folder; merged/ of the run if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="New folder for an adapter folder; a run has its merged/.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model, where it is not the recorded one.")] = None,
-    onto: Annotated[str, typer.Option(help="base or dequantized (for a quantized base).")] = "base",
+    onto: Annotated[str | None, typer.Option(help="base or dequantized; the run's choice if not given.")] = None,
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base, tensor by tensor."""

@@ -29,9 +29,11 @@ __all__ = [
     "atomic_folder",
     "contained",
     "free_bytes",
+    "read_json_file",
     "remove_stale",
     "require_free",
     "run_lock",
+    "scratch_folder",
     "sha256_bytes",
     "sha256_file",
     "to_json",
@@ -116,6 +118,18 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, obj: Any) -> None:
     """`write_bytes` of indented JSON with a final newline; key order is kept."""
     write_text(path, to_json(obj, indent=2) + "\n")
+
+
+def read_json_file(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError when it cannot be read or is no object."""
+    path = Path(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error}", where=str(path), do="restore the file") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path.name} holds no JSON object", where=str(path), do="restore the file")
+    return found
 
 
 def append_jsonl(path: str | Path, obj: Any) -> None:
@@ -230,6 +244,23 @@ def atomic_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
         raise
     finally:
         _open_here.discard(str(temporary.absolute()))
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A new folder `.NAME.PID-N.tmp` in `parent`, deleted when the block ends; after a kill `remove_stale` finds it.
+
+    A block that moves the folder away leaves nothing to delete. Raises CheckpointError if it cannot be made.
+    """
+    path = Path(parent) / f".{name}.{os.getpid()}-{next(_counter)}.tmp"
+    with _disk_errors(path):
+        path.mkdir(parents=True)
+    _open_here.add(str(path.absolute()))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        _open_here.discard(str(path.absolute()))
 
 
 def _refuse_existing(final: Path, *, replace: bool) -> None:

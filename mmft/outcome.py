@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,10 +57,10 @@ def keep_trained(run: RunFolder, adapted: Adapted) -> None:
 def restore_trained(run: RunFolder) -> Adapted:
     """The run's trained model, loaded from what `keep_trained` wrote."""
     recipe = run.recipe
-    backbone = load_backbone(recipe.model, recipe.quantization)
     if recipe.adapter.method == "full":
         trained = load_backbone(_folder_section(recipe.model, run.model))
         return Adapted(trained.model, trained, (), "full", ())
+    backbone = load_backbone(recipe.model, recipe.quantization)
     return Adapted(load_adapter(backbone, run.adapter), backbone, (), "lora", ())
 
 
@@ -70,12 +72,11 @@ def export_stage(run: RunFolder, adapted: Adapted, datasets: Datasets) -> dict[s
     recipe = run.recipe
     if not recipe.export.merge or adapted.method == "full":
         return {}
-    report_file = run.path / "merge_report.json"
     if run.merged.exists():
-        if stored := read_json(report_file):
+        if stored := read_json(run.merge_report):
             return stored
         # A run that was stopped between merge and proof starts the merge again.
-        _remove(run)
+        shutil.rmtree(run.merged)
     base = local_folder(adapted.backbone)
     quantized = quantized_names(adapted.backbone.model) if adapted.backbone.quantized else []
     run.journal.say(f"merge: onto {recipe.export.merge_onto}, tensor by tensor")
@@ -96,14 +97,8 @@ def export_stage(run: RunFolder, adapted: Adapted, datasets: Datasets) -> dict[s
     if was_training:
         set_modes(adapted)
     values = {**merge.to_json(), "folder": str(run.merged), "proof": proof.to_json()}
-    write_json(report_file, values)
+    write_json(run.merge_report, values)
     return values
-
-
-def _remove(run: RunFolder) -> None:
-    import shutil
-
-    shutil.rmtree(run.merged)
 
 
 def _proof_rows(run: RunFolder, backbone: Backbone, datasets: Datasets) -> list[dict[str, torch.Tensor]]:
@@ -137,7 +132,7 @@ def evaluate_stage(run: RunFolder, adapted: Adapted, datasets: Datasets) -> None
             if which == "merged" and not run.merged.is_dir():
                 continue
             section = recipe.model if which == "base" else _folder_section(recipe.model, run.merged)
-            other = load_backbone(section)
+            other = load_backbone(section, device=next(adapted.model.parameters()).device)
             _answer_all(run, store, which, other.model, other, datasets)
             del other
             gc.collect()
@@ -168,6 +163,8 @@ def _answer_all(
 def report_stage(run: RunFolder, merge: dict[str, Any]) -> dict[str, Any]:
     """Score the answers, write `report.json` and `report.html`, return the report."""
     recipe = run.recipe
+    # What happened to each single tensor stays in merge_report.json.
+    merge = {key: value for key, value in merge.items() if key not in ("changes", "quantized_modules", "files")}
     report: dict[str, Any] = {"name": recipe.name, "training": read_json(run.facts), "merge": merge}
     if run.predictions.is_file():
         store = PredictionStore.read(run.predictions)
@@ -188,8 +185,5 @@ def report_stage(run: RunFolder, merge: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def _folder_section(section: ModelSection, folder: Any) -> ModelSection:
-    dtype = section.dtype
-    return section.model_copy(update={"name_or_path": str(folder), "revision": None, "dtype": dtype})
-
-
+def _folder_section(section: ModelSection, folder: Path) -> ModelSection:
+    return section.model_copy(update={"name_or_path": str(folder), "revision": None})

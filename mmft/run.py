@@ -56,4 +56,4 @@ def evaluate(path: str | Path, *, quiet: bool = False) -> dict[str, Any]:
     adapted = restore_trained(run)
     datasets = load_datasets(run.recipe, adapted.backbone.processor, run.journal)
     evaluate_stage(run, adapted, datasets)
-    return report_stage(run, read_json(run.merged / "merge_report.json"))
+    return report_stage(run, read_json(run.merge_report))

@@ -47,6 +47,11 @@ class RunFolder:
         return self.path / "merged"
 
     @property
+    def merge_report(self) -> Path:
+        """What the merge did and what its proof found."""
+        return self.path / "merge_report.json"
+
+    @property
     def predictions(self) -> Path:
         """Answers of all models to the evaluation rows."""
         return self.path / "predictions.jsonl"

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from mmft.adapters.build import Adapted
 from mmft.backbones.fingerprint import fingerprint
 from mmft.backbones.load import Backbone
+from mmft.data.audit import audit
 from mmft.data.audit import fingerprint as fingerprint_samples
-from mmft.data.formats import load_all
+from mmft.data.formats import Loaded, load_many, source_name
 from mmft.data.order import StepPlan
 from mmft.data.render import Renderer
 from mmft.data.sample import Sample
@@ -26,7 +28,7 @@ from mmft.engine.callbacks import Callback, MetricsWriter, Progress
 from mmft.engine.guards import Interrupted
 from mmft.engine.loop import Engine, TrainJob
 from mmft.engine.state import TrainState
-from mmft.errors import RecipeError
+from mmft.errors import DataError, RecipeError, choices
 from mmft.files import sha256_bytes, to_json, write_json
 from mmft.journal import Journal
 from mmft.objectives.build import build_objective
@@ -35,6 +37,7 @@ from mmft.recipe.schema import Recipe, TrainSection
 from mmft.runfolder import RunFolder, read_json, versions
 
 COLLECTIVE_TIMEOUT = timedelta(hours=6)  # ranks wait in a barrier while rank 0 evaluates
+SAMPLED_ROWS = 32  # rows that are rendered before training, to look at where their answers end
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,19 @@ class Datasets:
 
 
 def make_accelerator(section: TrainSection) -> Accelerator:
-    """accelerate for device, ranks and trackers; precision and accumulation are the engine's own."""
+    """accelerate for device, ranks and trackers; precision and accumulation are the engine's own.
+
+    Raises RecipeError for a tracker that is unknown or not installed (accelerate would leave it out in silence).
+    """
+    there = [str(tracker) for tracker in get_available_trackers()]
+    for position, name in enumerate(section.report_to):
+        if name not in there:
+            raise RecipeError(
+                f"tracker '{name}' is not installed here, or unknown to accelerate",
+                where=f"train.report_to[{position}]",
+                allowed=choices(there, word=name),
+                do="install its package, or take it out; metrics.jsonl is always written",
+            )
     return Accelerator(
         mixed_precision="no",
         gradient_accumulation_steps=1,
@@ -74,19 +89,61 @@ def make_renderer(recipe: Recipe, processor: Any) -> Renderer:
 
 
 def load_datasets(recipe: Recipe, processor: Any, journal: Journal) -> Datasets:
-    """Read and check all rows. Raises DataError with the first causes by file:line."""
+    """Read and check all rows; what is left out is counted and named in the journal.
+
+    Raises DataError with the first causes by file:line, or when every row of a set is too long.
+    """
     data, seed = recipe.data, recipe.train.seed
-    train = load_all(data.train, data, seed=seed)
-    evals: dict[str, list[Sample]] = {}
-    for source in data.eval:
-        rows = load_all((source,), data, seed=seed)
-        evals.setdefault(rows[0].source if rows else source.path, []).extend(rows)
     renderer = make_renderer(recipe, processor)
-    if data.over_length == "drop":
-        kept = [sample for sample in train if renderer.fits(sample)]
-        journal.say(f"dropped {len(train) - len(kept)} of {len(train)} rows longer than {data.max_length} tokens")
-        train = kept
+    loaded = load_many(data.train, data, seed)
+    train = fitting([sample for one in loaded for sample in one.samples], renderer, journal, name="train")
+    evals: dict[str, list[Sample]] = {}
+    for source, one in zip(data.eval, load_many(data.eval, data, seed), strict=True):
+        loaded.append(one)
+        name = source_name(source)
+        evals.setdefault(name, []).extend(fitting(one.samples, renderer, journal, name=name))
+    for one in loaded:
+        _tell_bad(one, journal)
+    _warn_unstopped(train, renderer, journal)
     return Datasets(train, evals, renderer, fingerprint_samples(train))
+
+
+def fitting(samples: list[Sample], renderer: Renderer, journal: Journal, *, name: str) -> list[Sample]:
+    """With `over_length: drop` the rows that are short enough; else all of them, unread."""
+    if renderer.over_length != "drop":
+        return samples
+    kept = [sample for sample in samples if renderer.fits(sample)]
+    journal.say(
+        f"{name}: dropped {len(samples) - len(kept)} of {len(samples)} rows longer than {renderer.max_length} tokens"
+    )
+    if samples and not kept:
+        raise DataError(
+            f"all {len(samples)} rows of '{name}' are longer than {renderer.max_length} tokens",
+            where="data.max_length",
+            do="raise data.max_length, or set data.over_length: truncate_text",
+        )
+    return kept
+
+
+def _tell_bad(loaded: Loaded, journal: Journal) -> None:
+    """Bad rows that `max_bad_fraction` allows: their number and the first of them on the console, all as an event."""
+    if not loaded.bad:
+        return
+    total = len(loaded.bad) + len(loaded.samples)
+    first = "; ".join(f"{where}: {reason}" for where, reason in loaded.bad[:3])
+    journal.warn(f"{loaded.name}: {len(loaded.bad)} of {total} rows are bad and left out ({first})")
+    journal.event("bad_rows", set=loaded.name, rows=[list(row) for row in loaded.bad])
+
+
+def _warn_unstopped(samples: list[Sample], renderer: Renderer, journal: Journal) -> None:
+    """Look at some rows, evenly spaced: does the last trained token end the answer?"""
+    every = max(1, len(samples) // SAMPLED_ROWS)
+    seen = audit(samples[::every][:SAMPLED_ROWS], renderer)
+    if seen.unstopped:
+        journal.warn(
+            f"{seen.unstopped} of {seen.measured} rows looked at have no end token behind the last answer: a model "
+            "trained on them does not learn where to stop; use a chat template that ends an assistant's turn"
+        )
 
 
 def plan_steps(recipe: Recipe, rows: int, world: int) -> tuple[StepPlan, int]:
@@ -132,6 +189,8 @@ def train_stage(
     """Train and write `training.json`. Raises Interrupted (SystemExit 128 + n) after a signal's checkpoint."""
     recipe = run.recipe
     plan, total = plan_steps(recipe, len(datasets.train), accelerator.num_processes)
+    if recipe.train.report_to:
+        accelerator.init_trackers(recipe.name)  # below train.output_dir, so in the run folder; rank 0 only
     writer = MetricsWriter(run.journal, accelerator, every=recipe.train.logging_steps)
     job = TrainJob(
         adapted=adapted,
@@ -155,7 +214,9 @@ def train_stage(
         _write_facts(run, adapted, state, seconds=time.monotonic() - begin, rows=len(datasets.train), plan=plan)
     if (state.stopped or "").startswith("signal"):
         number = int((state.stopped or "signal 15").split()[1])
-        raise Interrupted(number, f"stopped by signal {number} after step {state.step}; go on with --resume")
+        text = f"stopped by signal {number} after step {state.step}; go on with --resume"
+        run.journal.warn(text)
+        raise Interrupted(number, text)
     return state
 
 

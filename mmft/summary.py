@@ -62,23 +62,29 @@ def summary_text(report: dict[str, Any]) -> str:
 
 
 def merge_text(merge: dict[str, Any]) -> str:
-    """One line about a merge and one about its proof."""
+    """One line about a merge and one or two about its proof."""
     lines = []
     if "tensors" in merge:
-        lines.append(
-            f"merged {merge['merged_tensors']} of {merge['tensors']} tensors onto {merge['onto']}: {merge['folder']}"
-        )
-    proof = merge.get("proof")
+        changed = merge["tensors"] - merge["untouched"]
+        lines.append(f"merged {changed} of {merge['tensors']} tensors onto {merge['onto']}: {merge['folder']}")
+    proof = merge.get("proof") or {}
     if proof:
-        outputs = proof.get("outputs") or {}
-        words = f"proof: {proof['untouched']} untouched tensors byte-equal"
-        if outputs:
-            words += (
-                f", outputs differ by at most {outputs['max_abs_difference']:.2e}, "
-                f"same choice at {outputs['argmax_agreement']:.2%} of positions"
+        words = f"proof: {proof['untouched']} untouched tensors byte-equal, {proof['touched']} recomputed"
+        outputs = proof.get("outputs")
+        lines.append(words + (f"; {_difference(outputs)}" if outputs else ""))
+        if proof.get("outputs_other_base"):
+            lines.append(
+                f"merged onto {proof['outputs_other_base']['onto']} instead: {_difference(proof['outputs_other_base'])}"
             )
-        lines.append(words)
     return "\n".join(lines) or "nothing merged"
+
+
+def _difference(outputs: dict[str, Any]) -> str:
+    return (
+        f"outputs differ from the adapter model's by at most {outputs['max_difference']:.2e} "
+        f"({outputs['relative']:.1e} of the largest), same best token at {outputs['argmax']:.2%} of "
+        f"{outputs['positions']} positions"
+    )
 
 
 def inspect_text(values: dict[str, Any]) -> str:
@@ -100,7 +106,7 @@ def plan_text(values: dict[str, Any]) -> str:
     lines = [f"plan of {values['name']}: {values['model']['name']} ({values['model']['model_type']})"]
     rows = [[part["part"], f"{part['parameters']:,}", f"{part['trainable']:,}"] for part in values["parts"]]
     lines += grid(["part", "parameters", "trainable"], rows)
-    lines += ["", *grid(["target", "modules", "rank"], [[*map(str, row)] for row in values["targets"]])]
+    lines += ["", *grid(["part", "what", "mode", "modules", "trained"], values["targets"])]
     if values.get("data"):
         lines += ["", *grid(["set", "rows"], [[name, f"{count:,}"] for name, count in values["data"].items()])]
     if values.get("tokens"):

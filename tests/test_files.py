@@ -273,6 +273,25 @@ def test_kill_9_at_random_moments_leaves_a_verified_folder(tmp_path):
             verify_folder(tmp_path / "step")
 
 
+def test_a_scratch_folder_goes_with_its_block_and_after_a_kill(tmp_path):
+    with files.scratch_folder(tmp_path, "verify") as mine:
+        (mine / "a").write_text("a")
+        assert remove_stale(tmp_path) == ()  # it is in use, though its process is this one
+        assert mine.is_dir()
+    assert list(tmp_path.iterdir()) == []
+    code = """
+        import os, pathlib, sys
+        from mmft.files import scratch_folder
+        with scratch_folder(pathlib.Path(sys.argv[1]), "verify"):
+            os._exit(9)
+    """
+    assert run(code, tmp_path).returncode == 9
+    left = list(tmp_path.iterdir())
+    assert len(left) == 1
+    assert remove_stale(tmp_path) == tuple(left)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_stale_leftovers_of_this_pid_and_interrupted_swaps(tmp_path):
     dead = 2**22 + 1  # above Linux' largest pid
     (tmp_path / f".mine.{os.getpid()}.tmp").mkdir()

@@ -14,7 +14,7 @@ from torch import nn
 
 from mmft.adapters.targets import Target, resolve_targets
 from mmft.backbones.load import Backbone
-from mmft.backbones.parts import PARTS, owners, size
+from mmft.backbones.parts import PARTS, owners
 from mmft.errors import AdapterError
 from mmft.recipe.schema import AdapterSection
 from mmft.seeds import fold
@@ -112,7 +112,7 @@ def set_modes(adapted: Adapted) -> None:
     layers: dict[str, Any] = dict(adapted.model.named_modules())
     for name, module in layers.items():
         if isinstance(module, BaseTunerLayer):
-            nn.Module.train(module)  # type: ignore[arg-type]
+            nn.Module.train(module)  # type: ignore[type-var]
         elif isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save.train()
         elif is_on(name, module):
@@ -292,19 +292,5 @@ def _groups(adapted: Adapted, adapter: AdapterSection) -> tuple[ParamGroup, ...]
     by_part: dict[str, list[str]] = {}
     for name in adapted.trainable():
         by_part.setdefault(adapted.home(name)[0], []).append(name)
-    rates = {part: setting.learning_rate for part, setting in adapter.parts.items()}
-    return tuple(
-        ParamGroup(part, tuple(by_part[part]), rates.get(part))
-        for part in PARTS
-        if part in by_part  # type: ignore[arg-type]
-    )
-
-
-def frozen_numbers(adapted: Adapted) -> dict[str, int]:
-    """part -> number of weights that are not trained."""
-    found: dict[str, int] = {}
-    for name, value in adapted.model.named_parameters():
-        if not value.requires_grad:
-            part = adapted.home(name)[0]
-            found[part] = found.get(part, 0) + size(value)
-    return found
+    rates: dict[str, float | None] = {part: setting.learning_rate for part, setting in adapter.parts.items()}
+    return tuple(ParamGroup(part, tuple(by_part[part]), rates.get(part)) for part in PARTS if part in by_part)

@@ -162,7 +162,12 @@ def _lora_config(folder: Path) -> Any:
         raw = json.loads(path.read_text(encoding="utf-8"))
         kind = raw.get("peft_type")
         if kind != "LORA":
-            raise AdapterError(f"adapters of type {kind} cannot be loaded", where=str(path), allowed="LORA")
+            raise AdapterError(
+                f"adapters of type {kind} cannot be loaded",
+                where=str(path),
+                allowed="LORA",
+                do="train a LoRA adapter, or load this one with peft itself",
+            )
         config: Any = LoraConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise AdapterError(f"{CONFIG} cannot be read: {error}", where=str(path), do="copy the adapter again") from error

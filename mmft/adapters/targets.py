@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from mmft.backbones.parts import PARTS, SUBPARTS, Parts
 from mmft.errors import AdapterError, choices
-from mmft.recipe.schema import AdapterSection
+from mmft.recipe.schema import AdapterSection, PartName
 
 ALL_LINEAR = "all-linear"
 """Every linear layer of the language model, as elsewhere."""
@@ -70,7 +70,7 @@ def target_names(parts: Parts, *, full: bool = False) -> list[str]:
 
 def _expand(parts: Parts, adapter: AdapterSection, text: str, where: str) -> set[tuple[str, str]]:
     part, _, sub = ("language", "", "") if text == ALL_LINEAR else text.partition(".")
-    setting = adapter.parts.get(part)  # type: ignore[arg-type]
+    setting = adapter.parts.get(cast(PartName, part))
     full = adapter.method == "full" or (setting is not None and setting.mode == "full")
     allowed = target_names(parts, full=full)
     if not full:

@@ -1,1 +1,1 @@
-
+"""What is loaded: pretrained models, their parts, their quantization."""

@@ -61,7 +61,12 @@ def match_targets(parts: Parts, targets: Sequence[str]) -> list[str]:
         found = parts.linears(part, sub or None)
         if not found:
             allowed = choices([*able, *(f"{p}.{s}" for p in able for s in SUBPARTS if parts.linears(p, s))], word=text)
-            raise AdapterError(f"target '{text}' matches nothing in this model", where="--target", allowed=allowed)
+            raise AdapterError(
+                f"target '{text}' matches nothing in this model",
+                where="--targets",
+                allowed=allowed,
+                do="run mmft inspect without targets to see the parts",
+            )
         names += [name for name in found if name not in names]
     return names
 

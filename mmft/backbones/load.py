@@ -45,10 +45,14 @@ class Backbone:
         for found in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if found is not None:
                 return int(found)
-        raise BackboneError(f"the tokenizer of {self.name} has neither a pad nor an eos token", where=self.name)
+        raise BackboneError(
+            f"the tokenizer of {self.name} has neither a pad nor an eos token",
+            where=self.name,
+            do="set pad_token in the tokenizer's config",
+        )
 
 
-def resolve_model(name_or_path: str, revision: str | None = None) -> tuple[str, Path | None]:
+def resolve_model(name_or_path: str) -> tuple[str, Path | None]:
     """What `from_pretrained` is given, and the local folder where that is known without asking the hub.
 
     Raises BackboneError for a folder that does not exist or holds no config.json.
@@ -90,7 +94,7 @@ def load_backbone(
     is not supported.
     """
     quantization = quantization or QuantizationSection()
-    target, folder = resolve_model(model.name_or_path, model.revision)
+    target, folder = resolve_model(model.name_or_path)
     config = _config(model, target)
     cls = _model_class(model, config)
     _check_attention(model, cls)
@@ -139,9 +143,9 @@ def load_processor(model: ModelSection) -> Any:
     """The processor of the model. Raises BackboneError when there is none that transformers can build."""
     from transformers import AutoProcessor
 
-    target, _ = resolve_model(model.name_or_path, model.revision)
+    target, _ = resolve_model(model.name_or_path)
     try:
-        found: Any = AutoProcessor.from_pretrained(target, revision=model.revision)
+        found: Any = AutoProcessor.from_pretrained(target, revision=model.revision, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise _load_error(model, error, what="processor") from error
     if not hasattr(found, "tokenizer"):
@@ -156,7 +160,7 @@ def load_processor(model: ModelSection) -> Any:
 def meta_backbone(model: ModelSection) -> Backbone:
     """The same backbone with weights on the meta device: full size in seconds, nothing is read but the config (and
     the processor, None where it cannot be loaded)."""
-    target, folder = resolve_model(model.name_or_path, model.revision)
+    target, folder = resolve_model(model.name_or_path)
     config = _config(model, target)
     empty = _on_meta(_model_class(model, config), config, dtype=getattr(torch, model.dtype))
     try:

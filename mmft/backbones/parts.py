@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-PARTS = ("vision", "audio", "projector", "cross_attention", "language", "head")
-SUBPARTS = ("attention", "mlp", "norm", "embedding", "other")
+from mmft.recipe.check import PARTS, SUBPARTS
+
+__all__ = ["PARTS", "SUBPARTS", "Parts", "count", "find_parts", "is_linear", "owners", "size"]
 
 _ATTENTION = re.compile(r"(^|_)(attn|attention|crossattention)|attn$|attention$", re.IGNORECASE)
 _MLP = re.compile(
@@ -44,10 +45,10 @@ class Parts:
     that own at least one parameter, in the order of `PARTS`; `tied_head`: the head's weight is the token table.
     """
 
-    roots: Mapping[str, str]
-    subs: Mapping[str, str]
-    linear: Mapping[str, tuple[str, str]]
-    experts: Mapping[str, tuple[str, str]]
+    roots: Mapping[str, str] = field(repr=False)
+    subs: Mapping[str, str] = field(repr=False)
+    linear: Mapping[str, tuple[str, str]] = field(repr=False)
+    experts: Mapping[str, tuple[str, str]] = field(repr=False)
     tied_head: bool
     names: tuple[str, ...] = ()
 
@@ -189,8 +190,8 @@ def _head(model: Any) -> Any:
 
 def _towers(model: Any, names: _Names) -> dict[str, str]:
     """Encoders of other modalities: the accessors' answers, then sub-models by config and by declared input."""
-    anchors = [names.of(_ask(model, "get_input_embeddings")), names.of(_ask(model, "get_decoder"))]
-    anchors = [anchor for anchor in anchors if anchor]
+    asked = [_ask(model, accessor) for accessor in ("get_input_embeddings", "get_decoder")]
+    anchors = [anchor for module in asked if (anchor := names.of(module))]
     found: dict[str, str] = {}
 
     def add(name: str | None, part: str) -> None:
@@ -204,9 +205,9 @@ def _towers(model: Any, names: _Names) -> dict[str, str]:
     configs = _modal_configs(model.config)
     for name, module in names.modules.items():
         if name and hasattr(module, "input_modalities"):
-            part = configs.get(type(module.config)) or _declared(module)
-            if part and not any(_BRIDGE.search(step) for step in name.split(".")):
-                add(name, part)
+            modality_part = configs.get(type(module.config)) or _declared(module)
+            if modality_part and not any(_BRIDGE.search(step) for step in name.split(".")):
+                add(name, modality_part)
     return found
 
 

@@ -108,13 +108,16 @@ def guard_cpu(model: nn.Module) -> int:
 
 
 def quantized_names(model: nn.Module) -> list[str]:
-    """Names of the 4- and 8-bit layers, in the model's order; none when bitsandbytes was not used."""
+    """Names of the 4- and 8-bit layers, in the model's order; none when bitsandbytes was not used.
+
+    A layer below an adapter has the name it had before (without peft's `.base_layer`).
+    """
     if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
         return []
     import bitsandbytes
 
     kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
-    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    return [name.removesuffix(".base_layer") for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
 def check_quantized(model: nn.Module, wanted: Iterable[str]) -> None:

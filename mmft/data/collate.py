@@ -80,9 +80,9 @@ def _joined(name: str, rows: Sequence[Rendered], length: int, side: Side) -> tor
     if all(_is_sequence(row, value) for row, value in present):
         values = [row.media.get(name) for row in rows]
         model = present[0][1]
-        blank = [0] * (model.dim() - 2)
+        rest = [0] * (model.dim() - 2)
         padded = [
-            _line(model.new_zeros((len(row.input_ids), *blank)) if value is None else value[0], length, side, fill=0)
+            _line(model.new_zeros((len(row.input_ids), *rest)) if value is None else value[0], length, side, fill=0)
             for row, value in zip(rows, values, strict=True)
         ]
         return _stacked([value.unsqueeze(0) for value in padded])

@@ -123,7 +123,8 @@ def _turns(value: Any, field: str, keys: tuple[str, str], where: str) -> tuple[t
     """The turns, and for every picture place its inline reference or None."""
     if not isinstance(value, list) or not value:
         raise DataError(f"`{field}` is {_kind(value) if not isinstance(value, list) else 'empty'}", where=where)
-    turns, inline = [], []
+    turns: list[Turn] = []
+    inline: list[Any] = []
     for index, message in enumerate(value):
         if not isinstance(message, dict):
             raise DataError(f"`{field}[{index}]` is {_kind(message)}", where=where, allowed="an object")

@@ -68,7 +68,9 @@ def load_samples(source: DataSource, *, seed: int, system: str | None = None) ->
     rows = read_rows(path)
     first = list(itertools.islice(rows, _LOOK))
     if not first:
-        raise DataError("the data set has no rows", where=str(path))
+        raise DataError(
+            "the data set has no rows", where=str(path), do="check the path, or take the data set out of the recipe"
+        )
     look = [row for _, row in first if not isinstance(row, DataError)]
     if not look:
         broken = [problem for _, row in first[:5] if isinstance(row, DataError) for problem in row.problems]
@@ -97,7 +99,11 @@ def _parse(
                 raise row
             sample = parse(row, where, number, context)
             if sample.id in seen:
-                raise DataError(f"id '{sample.id}' was given before, at {seen[sample.id]}", where=where)
+                raise DataError(
+                    f"id '{sample.id}' was given before, at {seen[sample.id]}",
+                    where=where,
+                    do="give every row an id of its own, or none",
+                )
         except DataError as error:
             bad.append((where, _reason(error)))
             continue

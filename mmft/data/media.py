@@ -40,7 +40,7 @@ def media_file(ref: MediaRef) -> Path:
     if ref.path is None:
         raise ValueError("this medium has no file")
     if ref.root is None:
-        raise DataError("a medium has a path but no root folder", where=ref.path)
+        raise DataError("a medium has a path but no root folder", where=ref.path, do="set media_root")
     return contained(Path(ref.root), ref.path)
 
 
@@ -54,16 +54,25 @@ def read_bytes(ref: MediaRef) -> bytes:
         with os.fdopen(handle, "rb") as stream:
             status = os.fstat(stream.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise DataError("the medium is not a regular file", where=str(path))
+                raise DataError(
+                    "the medium is not a regular file",
+                    where=str(path),
+                    do="copy the real file there, or remove the row",
+                )
             if status.st_size > MAX_FILE_BYTES:
                 raise DataError(
                     f"the file has {status.st_size} bytes",
                     where=str(path),
                     allowed=f"at most {MAX_FILE_BYTES} bytes",
+                    do="scale the picture down, or remove the row",
                 )
             return stream.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise DataError(f"the medium cannot be read: {error.strerror}", where=str(path)) from error
+        raise DataError(
+            f"the medium cannot be read: {error.strerror}",
+            where=str(path),
+            do="check the file's rights, replace it or remove the row",
+        ) from error
 
 
 def media_digest(ref: MediaRef) -> str:
@@ -90,7 +99,9 @@ def _header(ref: MediaRef, max_pixels: int) -> Iterator[Image.Image]:
                         do="scale it down, or raise data.max_image_pixels if you trust it",
                     )
                 if width < 1 or height < 1:
-                    raise DataError(f"the picture is {width} x {height}", where=name)
+                    raise DataError(
+                        f"the picture is {width} x {height}", where=name, do="replace the file or remove the row"
+                    )
                 yield image
     except MmftError:
         raise

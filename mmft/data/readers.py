@@ -40,9 +40,10 @@ def read_rows(path: Path) -> Read:
             f"'{path.name}' is no data file that is read here",
             where=str(path),
             allowed=f"{', '.join(SUFFIXES)} or a folder of the datasets library",
+            do="convert the file to one of these, or rename it if it is one",
         )
     if not path.is_file():
-        raise DataError("the data file is not a regular file", where=str(path))
+        raise DataError("the data file is not a regular file", where=str(path), do="name a file or a folder")
     return reader(path)
 
 
@@ -66,7 +67,11 @@ def _jsonl(path: Path) -> Read:
             number += 1
             where = f"{path}:{number}"
             if len(line) > MAX_LINE_BYTES:
-                raise DataError(f"the line is longer than {MAX_LINE_BYTES} bytes", where=where)
+                raise DataError(
+                    f"the line is longer than {MAX_LINE_BYTES} bytes",
+                    where=where,
+                    do="keep pictures in files and name them in the row",
+                )
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
@@ -83,7 +88,7 @@ def _json(path: Path) -> Read:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 at byte {error.start}", where=str(path)) from error
+        raise DataError(f"not UTF-8 at byte {error.start}", where=str(path), do="save the file as UTF-8") from error
     position = _skip(text, 0)
     if text[position : position + 1] != "[":
         raise DataError(
@@ -101,14 +106,20 @@ def _json(path: Path) -> Read:
             row, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"broken JSON: {getattr(error, 'msg', error)}", where=f"{path}:{getattr(error, 'lineno', line)}"
+                f"broken JSON: {getattr(error, 'msg', error)}",
+                where=f"{path}:{getattr(error, 'lineno', line)}",
+                do="mend the file at that line, or write it again",
             ) from error
         yield where, row if isinstance(row, dict) else _no_object(row, where)
         position = _skip(text, position)
         if text[position : position + 1] == ",":
             position = _skip(text, position + 1)
         elif text[position : position + 1] != "]":
-            raise DataError("broken JSON: ',' or ']' expected", where=f"{path}:{1 + text.count(chr(10), 0, position)}")
+            raise DataError(
+                "broken JSON: ',' or ']' expected",
+                where=f"{path}:{1 + text.count(chr(10), 0, position)}",
+                do="mend the file at that line, or write it again",
+            )
 
 
 def _skip(text: str, position: int) -> int:
@@ -130,7 +141,11 @@ def _csv(path: Path) -> Read:
                 else:
                     yield where, dict(row)
         except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"broken CSV: {error}", where=f"{path}:{reader.line_num}") from error
+            raise DataError(
+                f"broken CSV: {error}",
+                where=f"{path}:{reader.line_num}",
+                do="mend the file at that line, or write it again",
+            ) from error
 
 
 def _parquet(path: Path) -> Read:
@@ -145,7 +160,9 @@ def _parquet(path: Path) -> Read:
                     number += 1
                     yield f"{path}:{number}", row
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"broken parquet file: {error}", where=str(path)) from error
+        raise DataError(
+            f"broken parquet file: {error}", where=str(path), do="write the file again from its source"
+        ) from error
 
 
 def _folder(path: Path) -> Read:

@@ -142,7 +142,7 @@ class Renderer:
 
     def _training(self, sample: Sample, *, slow: bool = False) -> Rendered:
         if not sample.turns or sample.turns[-1].role != "assistant":
-            raise DataError("the row does not end with an answer")
+            raise DataError("the row does not end with an answer", do="end the row with an assistant turn")
         images = self._images(sample.media)
         turns, text, data = self._encoded(sample.turns, images, prompt=False)
         ids = data["input_ids"][0].tolist()
@@ -162,7 +162,7 @@ class Renderer:
     def _prompting(self, sample: Sample) -> Rendered:
         turns = sample.turns[:-1] if sample.turns and sample.turns[-1].role == "assistant" else sample.turns
         if not turns:
-            raise DataError("the row has no question")
+            raise DataError("the row has no question", do="put a user turn before the answer")
         _, _, data = self._encoded(turns, self._images(sample.media), prompt=True)
         return self._rendered(sample, data, torch.full_like(data["input_ids"][0], IGNORED))
 
@@ -235,7 +235,10 @@ class Renderer:
                 edges.append((common_prefix(ids, part), len(part)))
             (first, before), (last, upto) = edges
             if before - first > 1 or upto - last > 1:
-                raise DataError(f"the tokens of the turns before answer {k + 1} change with what follows them")
+                raise DataError(
+                    f"the tokens of the turns before answer {k + 1} change with what follows them",
+                    do="use another chat template or tokenizer, or rows with one answer only",
+                )
             ranges.append((first, last + (last < upto)))  # a token across the border belongs to the answer
         return ranges
 

@@ -12,21 +12,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import random
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 
 from mmft.data import emoji
 from mmft.data.emoji import Concept
 from mmft.errors import DataError
+from mmft.files import scratch_folder
 from mmft.seeds import fold, generator
 
 CELLS: tuple[str, ...] = ("top left", "top right", "bottom left", "bottom right")
@@ -37,7 +36,9 @@ SIDE = 192
 _QUALITY = 92
 _BUCKETS = 100
 _CHUNK = 250
-_RECIPE = 1
+_COUNTS = {"single": (1, 2, 3, 4), "leading": (1, 2, 2, 3, 3, 3, 4, 4, 4, 4), "unaided": (1, 1, 1, 2, 2, 2, 3, 3, 4, 4)}
+"""How many things a scene shows, drawn evenly; fewer make "is there" learnable."""
+_RECIPE = 3
 """Raise when the way scenes are made changes: it is part of the cache folder's name."""
 
 
@@ -46,8 +47,9 @@ class SceneSpec:
     """One shipped set.
 
     `pools` are drawn from in turn ("all", "trained", "new"); `buckets` is the half-open range of layout buckets the set
-    owns: the ranges are disjoint, so no layout is in two sets. `turns` is the number of questions of a row (1: an
-    evaluation row of one type).
+    owns: no layout of an evaluation set is in another set. `turns` is the number of questions of a row (1: an
+    evaluation row of one type). `style_of_rows`: "leading" rows ask about named things first, "unaided" rows never
+    name a thing before its name is asked for.
     """
 
     name: str
@@ -55,14 +57,16 @@ class SceneSpec:
     rows: int
     pools: tuple[str, ...]
     buckets: tuple[int, int]
-    turns: int = 6
+    turns: int = 8
     seed: int = 0
+    style_of_rows: Literal["leading", "unaided"] = "unaided"
 
 
 SCENE_SETS: dict[str, SceneSpec] = {
     spec.name: spec
     for spec in (
-        SceneSpec("twemoji-pretrain", "twemoji", 48_000, ("all",), (0, 70), turns=8),
+        SceneSpec("twemoji-pretrain", "twemoji", 48_000, ("all",), (0, 70), style_of_rows="leading"),
+        SceneSpec("twemoji-unaided", "twemoji", 48_000, ("all",), (0, 70)),
         SceneSpec("twemoji-heldout", "twemoji", 1_200, ("all",), (70, 78), turns=1),
         SceneSpec("twemoji-replay", "twemoji", 3_000, ("all",), (78, 84)),
         SceneSpec("openmoji-train", "openmoji", 6_000, ("trained",), (84, 92)),
@@ -83,12 +87,16 @@ class Question:
 def scene_spec(name: str, *, rows: int | None = None) -> SceneSpec:
     """The spec of a set by name, with another number of rows where asked for."""
     if name not in SCENE_SETS:
-        raise DataError(f"there is no shipped emoji set {name!r}", allowed=", ".join(sorted(SCENE_SETS)))
+        raise DataError(
+            f"there is no shipped emoji set {name!r}", allowed=", ".join(sorted(SCENE_SETS)), do="choose one of them"
+        )
     spec = SCENE_SETS[name]
     if rows is None:
         return spec
     if rows < 1:
-        raise DataError(f"a scene set of {rows} rows cannot be built", allowed="rows of 1 or more")
+        raise DataError(
+            f"a scene set of {rows} rows cannot be built", allowed="rows of 1 or more", do="ask for at least one row"
+        )
     return dataclasses.replace(spec, rows=rows)
 
 
@@ -122,19 +130,15 @@ def build_scene_set(
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"the folder {folder} already holds something", do="name a folder that does not exist yet")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with scratch_folder(folder.parent, folder.name) as made:
         (made / "images").mkdir()
         _write_set(spec, made, progress)
-        made.chmod(0o755)
         try:
             made.replace(folder)
         except OSError:
             # Another process built the same set meanwhile; the content is the same by construction.
             if not (folder / "rows.jsonl").is_file():
                 raise
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
     return folder / "rows.jsonl"
 
 
@@ -157,8 +161,8 @@ def _chunks(spec: SceneSpec, made: Path) -> Iterator[list[tuple[dict, dict]]]:
     if processes < 2:
         yield from map(_make_chunk, jobs)
         return
-    # "spawn": the parent may hold torch threads, which a forked child must not inherit.
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    # Threads: a spawned process would run the user's main module again, a forked one inherit torch's threads.
+    with ThreadPoolExecutor(processes) as pool:
         yield from pool.map(_make_chunk, jobs)
 
 
@@ -173,12 +177,13 @@ def _make_row(spec: SceneSpec, made: Path, index: int) -> tuple[dict, dict]:
     pool_name = spec.pools[index % len(spec.pools)]
     pool = _pool(pool_name, spec.seed)
     kind = EVAL_TYPES[(index // len(spec.pools)) % len(EVAL_TYPES)]
-    counts = (1, 2, 3, 4) if spec.turns == 1 else (1, 2, 2, 3, 3, 3, 4, 4, 4, 4)
+    counts = _COUNTS["single" if spec.turns == 1 else spec.style_of_rows]
     layout = _draw_layout(spec, rng, pool, rng.choice(counts))
     if spec.turns == 1:
         questions = [_ask(kind, layout, pool, rng)]
     else:
-        kind, questions = "mixed", _conversation(layout, pool, rng, spec.turns)
+        converse = _conversation if spec.style_of_rows == "leading" else _unaided
+        kind, questions = "mixed", converse(layout, pool, rng, spec.turns)
     name = f"images/{index:06d}.jpg"
     _draw(spec.style, layout, rng).save(made / name, quality=_QUALITY)
     tags = {"type": kind, "style": spec.style, "concepts": pool_name}
@@ -269,6 +274,27 @@ def _conversation(
     head = [question for question in kept if question.kind != "where"]
     rng.shuffle(head)
     return head + [question for question in kept if question.kind == "where"]
+
+
+def _unaided(layout: dict[str, Concept], pool: tuple[Concept, ...], rng: random.Random, turns: int) -> list[Question]:
+    """Up to `turns` questions that only the picture can answer.
+
+    A row either tells (names, groups, the count) or is asked whether named things are there; a name in an earlier turn
+    could be copied instead of seen. One row in seven has a single question, as evaluation rows do.
+    """
+    draw = rng.random()
+    if draw < 1 / 7:
+        return [_ask(rng.choice(EVAL_TYPES), layout, pool, rng)]
+    if draw < 9 / 14:
+        # Few things, few questions: after as many "yes" as there are things, every further answer is known.
+        asked = min(turns, 2 * len(layout) + 1)
+        return [_is_there(layout, pool, rng, present=rng.random() < 0.5) for _ in range(asked)]
+    told = [Question("where", f"What is at the {cell}?", layout[cell].name) for cell in layout]
+    told += [Question("which group", f"Which group is at the {cell}?", layout[cell].group) for cell in layout]
+    rng.shuffle(told)
+    kept = [_ask("how many", layout, pool, rng), *told][:turns]
+    rng.shuffle(kept)
+    return kept
 
 
 def _unique(questions: list[Question]) -> list[Question]:

@@ -1,1 +1,1 @@
-
+"""What runs: the loop, its state, checkpoints, guards and hooks."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from accelerate import Accelerator
 
@@ -41,9 +41,8 @@ class Progress:
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
-        self._context = None
-        self._bar = None
-        self._said = 0.0
+        self._context: Any = None
+        self._bar: Any = None
 
     def on_start(self, state: TrainState, total_steps: int) -> None:
         self._total = total_steps
@@ -55,7 +54,6 @@ class Progress:
             self._bar.update(state.step)
 
     def on_step(self, state: TrainState, metrics: dict[str, float]) -> None:
-        assert self._bar is not None
         spent = time.monotonic() - self._begin
         left = spent / max(state.step - self._first, 1) * (self._total - state.step)
         self._bar.update(

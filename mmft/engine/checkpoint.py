@@ -139,7 +139,9 @@ def load_checkpoint(
         moments = load_file(folder / "optimizer.safetensors")
         state = TrainState.from_json(stored["state"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"cannot be read: {error}", where=str(folder)) from error
+        raise CheckpointError(
+            f"cannot be read: {error}", where=str(folder), do="delete the folder: an older checkpoint is used then"
+        ) from error
     _check_names(set(weights), set(trainable), folder)
     with torch.no_grad():
         for name, param in trainable.items():

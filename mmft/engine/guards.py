@@ -6,9 +6,10 @@ import math
 import os
 import signal
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from mmft.errors import NonFiniteError
+from mmft.errors import MemoryLimitError, NonFiniteError
 
 
 def check_finite(*, step: int, loss: float, norm: float, ids: Sequence[str], folder: str) -> None:
@@ -23,6 +24,23 @@ def check_finite(*, step: int, loss: float, norm: float, ids: Sequence[str], fol
         allowed="finite numbers",
         do=f"look at these rows with `mmft preview`, lower train.learning_rate, then go on with --resume ({folder})",
     )
+
+
+@contextmanager
+def memory_errors(step: int, ids: Sequence[str]) -> Iterator[None]:
+    """Turn an out-of-memory error of the device or the host into a MemoryLimitError that names the samples."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).lower()
+        if not isinstance(error, MemoryError) and "out of memory" not in text and "can't allocate memory" not in text:
+            raise
+        raise MemoryLimitError(
+            f"out of memory at step {step}: {str(error).splitlines()[0] if str(error) else 'the host refused'}",
+            where=f"samples {', '.join(ids[:8])}",
+            do="halve train.per_device_train_batch_size with train.effective_batch_size fixed, or set "
+            "train.gradient_checkpointing: true, then go on with --resume",
+        ) from error
 
 
 class StopSignals:

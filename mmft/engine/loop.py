@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from mmft.data.render import Renderer
 from mmft.data.sample import Sample
 from mmft.engine.callbacks import Callback
 from mmft.engine.checkpoint import checkpoint_folder, load_checkpoint, newest_valid, save_checkpoint
-from mmft.engine.guards import StopSignals, check_finite
+from mmft.engine.guards import StopSignals, check_finite, memory_errors
 from mmft.engine.memory import checkpoint_layers
-from mmft.engine.optim import build_optimizer, lr_scale, set_learning_rate
+from mmft.engine.optim import Masters, build_optimizer, lr_scale, set_learning_rate
 from mmft.engine.state import TrainState
 from mmft.errors import CheckpointError
 from mmft.journal import Journal
@@ -69,8 +69,9 @@ class Engine:
         self.journal = journal
         self.accelerator = accelerator
         self.callbacks = callbacks
-        self.params = job.adapted.trainable()
-        self.optimizer = build_optimizer(job.adapted, job.section)
+        self.masters = Masters(job.adapted.trainable())
+        self.params = self.masters.weights
+        self.optimizer = build_optimizer(job.adapted, job.section, self.params)
         self.state = TrainState()
         self.pad = job.adapted.backbone.pad_token_id
         self.recomputed = checkpoint_layers(job.adapted) if job.section.gradient_checkpointing else []
@@ -143,6 +144,7 @@ class Engine:
             return
         restored = load_checkpoint(folder, trainable=self.params, optimizer=self.optimizer)
         _same_identity(restored.identity, self.job.identity, folder)
+        self.masters.give_weights()
         self.state = restored.state
         self.journal.rewind(self.state.step)
         self.journal.say(f"resumed at step {self.state.step} from {folder.name}")
@@ -157,7 +159,9 @@ class Engine:
         )
         set_learning_rate(self.optimizer, scale)
         count = self._reduce([sum(job.objective.count(batch) for batch in micros)])[0]
-        sums = self._backward(micros, count)
+        with memory_errors(state.step + 1, [name for batch in micros for name in batch.ids]):
+            sums = self._backward(micros, count)
+        self.masters.take_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.params.values(), section.max_grad_norm or float("inf"))
         rows = sum(len(batch.ids) for batch in micros)
         tokens = sum(batch.tokens for batch in micros)
@@ -167,6 +171,7 @@ class Engine:
         check_finite(step=state.step + 1, loss=loss, norm=float(norm), ids=ids, folder=str(job.folder))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.masters.give_weights()
         state.step += 1
         state.samples_consumed += int(rows_all)
         state.tokens_consumed += int(tokens_all)
@@ -183,20 +188,25 @@ class Engine:
 
     def _backward(self, micros: Sequence[Batch], count: float) -> dict[str, float]:
         sums: dict[str, float] = {}
-        device = self.accelerator.device
         for local, batch in enumerate(micros):
             index = local * self._world + self.accelerator.process_index
             torch.manual_seed(fold(self.job.section.seed, "dropout", self.state.step, index))
             last = local == len(micros) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self._autocast():
-                    loss = self.job.objective.loss(self.model, batch.to(device))
+                    loss = self.job.objective.loss(self.model, self._placed(batch))
                 # The wrapper averages gradients over ranks; the sum is wanted, divided once by the step's count.
                 self.accelerator.backward(loss.sum * (self._world / max(count, 1)))
             sums["loss"] = sums.get("loss", 0.0) + float(loss.sum.detach())
             for key, value in loss.logs.items():
                 sums[key] = sums.get(key, 0.0) + float(value)
         return sums
+
+    def _placed(self, batch: Batch) -> Batch:
+        """The batch on the device, its pictures in the type of the base's weights."""
+        dtype = self.job.adapted.backbone.model.dtype
+        inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.inputs.items()}
+        return replace(batch, inputs=inputs).to(self.accelerator.device)
 
     def _reduce(self, values: Sequence[float]) -> list[float]:
         if self._world == 1:
@@ -238,8 +248,8 @@ class Engine:
         with torch.no_grad(), self._autocast():
             for start in range(rank * size, len(samples), size * world):
                 rows = [self.job.renderer.render(sample) for sample in samples[start : start + size]]
-                batch = collate(rows, pad_token_id=self.pad).to(self.accelerator.device)
-                loss = self.job.objective.loss(model, batch)
+                batch = collate(rows, pad_token_id=self.pad)
+                loss = self.job.objective.loss(model, self._placed(batch))
                 total, count = total + float(loss.sum), count + loss.count
         self._training_mode()
         total, count = self._reduce([total, count])
@@ -272,6 +282,7 @@ class Engine:
         best = self.state.best_step
         if self.job.section.load_best_model_at_end and best is not None and best != self.state.step:
             load_checkpoint(checkpoint_folder(self.job.checkpoints, best), trainable=self.params, optimizer=None)
+            self.masters.give_weights()
 
 
 def _same_identity(stored: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:

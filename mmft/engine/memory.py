@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -23,9 +23,10 @@ def checkpoint_layers(adapted: Adapted) -> list[nn.Module]:
     """
     base = adapted.backbone.model
     layers: list[nn.Module] = []
-    for name, module in base.named_modules():
-        if not isinstance(module, GradientCheckpointingLayer):
+    for name, layer in base.named_modules():
+        if not isinstance(layer, GradientCheckpointingLayer):
             continue
+        module: Any = layer
         if adapted.backbone.parts.part_of(name) in ("language", "cross_attention"):
             module.gradient_checkpointing = True
             module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
@@ -76,11 +77,3 @@ def estimate_memory(
         activations=tokens * kept,
         logits=supervised * vocabulary * 10,
     )
-
-
-def device_memory(device: torch.device) -> int:
-    """Bytes of memory of the device training runs on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    with open("/proc/meminfo") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal"))

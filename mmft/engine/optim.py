@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import nn
 
 from mmft.adapters.build import Adapted
 from mmft.recipe.schema import TrainSection
@@ -27,12 +28,40 @@ def lr_scale(step: int, *, total: int, warmup_ratio: float, kind: str) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def build_optimizer(adapted: Adapted, section: TrainSection) -> torch.optim.AdamW:
+class Masters:
+    """float32 masters of what is trained; a parameter that is float32 already is its own master.
+
+    AdamW's updates are often smaller than a bfloat16 weight's spacing and would be rounded away (Micikevicius et al.
+    2018). Price: 4 bytes per trained 16-bit weight, and as much for its gradient during the update.
+    """
+
+    def __init__(self, params: dict[str, nn.Parameter]) -> None:
+        self.params = params
+        self.weights = {
+            name: param if param.dtype == torch.float32 else nn.Parameter(param.detach().float())
+            for name, param in params.items()
+        }
+
+    def take_gradients(self) -> None:
+        """Move the 16-bit parameters' gradients to their masters."""
+        for name, param in self.params.items():
+            master = self.weights[name]
+            if master is not param and param.grad is not None:
+                master.grad, param.grad = param.grad.float(), None
+
+    @torch.no_grad()
+    def give_weights(self) -> None:
+        """Round the masters into the parameters the model computes with."""
+        for name, param in self.params.items():
+            if self.weights[name] is not param:
+                param.copy_(self.weights[name])
+
+
+def build_optimizer(adapted: Adapted, section: TrainSection, params: dict[str, nn.Parameter]) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019); one group per (part, decayed or not), each with its `peak_lr`.
 
-    Weights of fewer than two dimensions (biases, norms, scales) are not decayed.
+    `params` are the masters by name. Weights of fewer than two dimensions (biases, norms, scales) are not decayed.
     """
-    params = adapted.trainable()
     groups: list[dict] = []
     for group in adapted.groups:
         peak = group.learning_rate or section.learning_rate

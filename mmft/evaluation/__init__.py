@@ -1,1 +1,1 @@
-
+"""From answers to scores, intervals and the report."""

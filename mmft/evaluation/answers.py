@@ -44,7 +44,11 @@ class PredictionStore:
         to compare with.
         """
         if len(samples) != len(answers):
-            raise DataError(f"{len(answers)} answers for {len(samples)} rows", where=f"set {name}, model {model}")
+            raise DataError(
+                f"{len(answers)} answers for {len(samples)} rows",
+                where=f"set {name}, model {model}",
+                do="report this: a model must answer every row",
+            )
         seen: set[str] = set()
         for sample, answer in zip(samples, answers, strict=True):
             if sample.id in seen:

@@ -70,7 +70,8 @@ def _answer_batch(
     batch: Batch = collate(rows, pad_token_id=pad, side="left").to(to)
     dtype = _float_dtype(model)
     inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.inputs.items()}
-    generated: torch.Tensor = model.generate(**inputs, generation_config=config)  # pyright: ignore[reportCallIssue]
+    answering: Any = model  # nn.Module's own annotations take `generate` for a tensor
+    generated: torch.Tensor = answering.generate(**inputs, generation_config=config)
     new = generated[:, inputs["input_ids"].shape[1] :].tolist()
     return [text.strip() for text in tokenizer.batch_decode(_ended(new, config), skip_special_tokens=True)]
 

@@ -7,7 +7,7 @@ data and models as text.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ __all__ = ["rebuild_report", "summary_rows", "write_report"]
 
 # Rows of the forest chart and of a group table; a tag with hundreds of values would bury the page.
 _MOST_GROUPS = 24
-_PART_COLUMNS = ("part", "what", "modules", "parameters")
+_PART_COLUMNS = ("part", "what", "mode", "modules", "parameters")
 
 
 def write_report(
@@ -246,7 +246,7 @@ def _parts(rows: Sequence[Any]) -> dict[str, Any] | None:
 
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     training: Mapping[str, Any] = report.get("training") or {}
-    kinds = {
+    kinds: dict[str, tuple[str, Callable[[Any], str]]] = {
         "steps": ("optimizer steps", lambda value: f"{value:,}"),
         "epochs": ("epochs", lambda value: f"{value:.2f}"),
         "rows": ("training rows", lambda value: f"{value:,}"),

@@ -1,1 +1,1 @@
-
+"""Merged model folders and their proof."""

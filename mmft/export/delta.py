@@ -148,7 +148,9 @@ def _read_config(folder: Path) -> LoraConfig:
         raw = json.loads(path.read_bytes())
         kind = str(raw["peft_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{CONFIG} cannot be read: {error}", where=str(path)) from error
+        raise ExportError(
+            f"{CONFIG} cannot be read: {error}", where=str(path), do="give the adapter folder as peft or mmft wrote it"
+        ) from error
     if kind != "LORA":
         raise ExportError(
             f"an adapter of type {kind} cannot be merged by streaming",
@@ -178,7 +180,11 @@ def _read_config(folder: Path) -> LoraConfig:
     try:
         return LoraConfig(**given)
     except (TypeError, ValueError) as error:
-        raise ExportError(f"{CONFIG} is not a LoRA config: {error}", where=str(path)) from error
+        raise ExportError(
+            f"{CONFIG} is not a LoRA config: {error}",
+            where=str(path),
+            do="give the adapter folder as peft or mmft wrote it",
+        ) from error
 
 
 def _default(item: dataclasses.Field[object]) -> object:
@@ -255,7 +261,11 @@ def _module_updates(adapter: Adapter, names: NameMap, module: str, parts: dict[s
     updates = [Update(weight, lora=Lora(kind, a, b, rank, scaling, magnitude))]
     if "lora_B.bias" in parts:
         if f"{module}.bias" not in names.shapes:
-            raise ExportError(f"{module} has a LoRA bias, but the base layer has none", where=str(adapter.folder))
+            raise ExportError(
+                f"{module} has a LoRA bias, but the base layer has none",
+                where=str(adapter.folder),
+                do="give the adapter folder as peft or mmft wrote it",
+            )
         updates.append(Update(f"{module}.bias", bias=(parts["lora_B.bias"], scaling)))
     return updates
 
@@ -267,7 +277,10 @@ def scaling_of(config: LoraConfig, module: str, rank: int) -> float:
     ranks = config.rank_pattern or {}
     stated = ranks.get(get_pattern_key(list(ranks), module), config.r)
     if stated != rank:
-        raise ExportError(f"{module}: the adapter's tensors have rank {rank}, its config says {stated}")
+        raise ExportError(
+            f"{module}: the adapter's tensors have rank {rank}, its config says {stated}",
+            do="give the adapter folder as peft or mmft wrote it",
+        )
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
 
 
@@ -281,6 +294,7 @@ def _kind(layer: nn.Module, module: str) -> Kind:
     raise ExportError(
         f"LoRA on {module} ({type(layer).__name__}{text}) cannot be merged by streaming",
         allowed="Linear, Conv1D, Embedding, Conv2d with one group",
+        do="merge with peft's merge_and_unload",
     )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from mmft.files import atomic_folder
+from mmft.export.merge import set_dtype
+from mmft.files import atomic_folder, read_json_file, write_json
 
 
 def save_full(model: Any, processor: Any, out: Path, *, dtype: torch.dtype, max_shard_size: str) -> None:
@@ -21,12 +22,11 @@ def save_full(model: Any, processor: Any, out: Path, *, dtype: torch.dtype, max_
         for name, value in model.state_dict().items()
     }
     with atomic_folder(out, replace=True) as folder:
-        kept = model.config.dtype
-        model.config.dtype = dtype
-        try:
-            model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
-        finally:
-            model.config.dtype = kept
+        model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+        # transformers states the type of the model in memory, and would load the weights in that.
+        config = read_json_file(folder / "config.json")
+        set_dtype(config, str(dtype).removeprefix("torch."))
+        write_json(folder / "config.json", config)
         processor.save_pretrained(folder)
         umask = os.umask(0)
         os.umask(umask)

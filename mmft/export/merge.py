@@ -164,9 +164,16 @@ def _check(
     if out.exists() or out.is_symlink():
         raise ExportError(f"{out.name} exists already", where=str(out), do="delete it, or merge into another folder")
     if onto not in ("base", "dequantized"):
-        raise ExportError(f"merge_onto {onto!r} is unknown", where="export.merge_onto", allowed="base, dequantized")
+        raise ExportError(
+            f"merge_onto {onto!r} is unknown",
+            where="export.merge_onto",
+            allowed="base, dequantized",
+            do="choose one of them",
+        )
     if dtype is not None and dtype not in _TYPES:
-        raise ExportError(f"dtype {dtype!r} is unknown", where="export.dtype", allowed=", ".join(_TYPES))
+        raise ExportError(
+            f"dtype {dtype!r} is unknown", where="export.dtype", allowed=", ".join(_TYPES), do="choose one of them"
+        )
     active = quantization is not None and (quantization.load_in_4bit or quantization.load_in_8bit)
     if onto == "dequantized" and not (active and quantized_modules):
         raise ExportError(
@@ -175,7 +182,10 @@ def _check(
             do="set merge_onto: base, or name the quantization and the quantized modules",
         )
     if quantized_modules and not active:
-        raise ExportError(f"{len(quantized_modules)} quantized modules are named, but no quantization is given")
+        raise ExportError(
+            f"{len(quantized_modules)} quantized modules are named, but no quantization is given",
+            do="merge with peft's merge_and_unload",
+        )
 
 
 def quantized_names(names: NameMap, modules: Sequence[str], updates: dict[str, Update]) -> frozenset[str]:
@@ -184,7 +194,11 @@ def quantized_names(names: NameMap, modules: Sequence[str], updates: dict[str, U
     for module in modules:
         resolved = names.module(module)
         if resolved is None or f"{resolved}.weight" not in names.shapes:
-            raise ExportError(f"quantized module {module} is not in the base", where=names.model.config.model_type)
+            raise ExportError(
+                f"quantized module {module} is not in the base",
+                where=names.model.config.model_type,
+                do="merge into the base this adapter was trained on",
+            )
         found.add(f"{resolved}.weight")
     return frozenset(name for name in found if not (name in updates and updates[name].replace))
 
@@ -211,6 +225,7 @@ def plan_jobs(
             raise ExportError(
                 f"{key} has shape {list(entry.shape)}, the model's {name} has {list(names.shapes[name])}",
                 where=str(entry.file),
+                do="merge with peft's merge_and_unload",
             )
         group = members.get(key)
         changing = {*updates, *(quantized if onto == "dequantized" else ())}
@@ -227,7 +242,10 @@ def plan_jobs(
         if not quantized_apart and _same(here, there, adapter):
             continue
         if source not in names.home:
-            raise ExportError(f"{target} and {source} are tied inside converted tensors and cannot be merged apart")
+            raise ExportError(
+                f"{target} and {source} are tied inside converted tensors and cannot be merged apart",
+                do="merge with peft's merge_and_unload",
+            )
         key = names.new_key(target)
         jobs[key] = Job(key, names.home[source], target, here, target in quantized, None)
         untied.append(target)
@@ -264,17 +282,18 @@ def _write_config(base: Path, folder: Path, *, untie: bool, dtype: str | None, o
             if output.dtype.is_floating_point:
                 name = str(output.dtype).removeprefix("torch.")
                 sizes[name] = sizes.get(name, 0) + output.nbytes
-        _set_dtype(config, dtype or max(sizes, key=lambda name: sizes[name], default="float32"))
+        set_dtype(config, dtype or max(sizes, key=lambda name: sizes[name], default="float32"))
     if untie:
         _untie(config)
         config["tie_word_embeddings"] = False
     write_json(folder / "config.json", config)
 
 
-def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+def set_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Write the type of the weights into a config and those of its parts that state one."""
     for value in config.values():
         if isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
-            _set_dtype(value, dtype)
+            set_dtype(value, dtype)
     config.pop("torch_dtype", None)
     config["dtype"] = dtype
 
@@ -294,7 +313,10 @@ def _check_untied(folder: Path, untied: Sequence[str]) -> None:
         left = getattr(meta_model(folder), "all_tied_weights_keys", None) or {}
         both = [name for name in untied if name in left or name in left.values()]
         if both:
-            raise ExportError(f"{', '.join(both)} cannot be untied in this model, so the adapter cannot be merged")
+            raise ExportError(
+                f"{', '.join(both)} cannot be untied in this model, so the adapter cannot be merged",
+                do="merge with peft's merge_and_unload",
+            )
 
 
 def _report(

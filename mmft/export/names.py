@@ -55,10 +55,6 @@ class NameMap:
     shapes: dict[str, tuple[int, ...]]  # of everything in the runtime state dict
     mapping: list[Any] = field(repr=False)  # transformers' transforms, which remember whether this folder needed them
 
-    def group_of(self, name: str) -> Group | None:
-        """The group that a runtime name is made from."""
-        return next((group for group in self.groups if name in group.targets), None)
-
     def module(self, name: str) -> str | None:
         """The runtime name of a module that an adapter calls `name` (runtime or older checkpoint spelling)."""
         for spelling in (lambda: name, lambda: self._renamed(f"{name}.weight").removesuffix(".weight")):
@@ -102,7 +98,9 @@ def model_class(folder: Path) -> Any:
         if type(config) in auto._model_mapping:
             return auto
     raise ExportError(
-        f"no model class for {config.model_type} with architectures {config.architectures}", where=str(folder)
+        f"no model class for {config.model_type} with architectures {config.architectures}",
+        where=str(folder),
+        do="give a folder of a model that transformers implements",
     )
 
 
@@ -118,7 +116,9 @@ def _config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise ExportError(f"config.json cannot be used: {error}", where=str(folder)) from error
+        raise ExportError(
+            f"config.json cannot be used: {error}", where=str(folder), do="restore the base folder's config.json"
+        ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise ExportError(
             "the base folder holds quantized weights, into which nothing can be merged",
@@ -149,7 +149,11 @@ def map_names(model: PreTrainedModel, entries: Mapping[str, Entry]) -> NameMap:
     home: dict[str, str] = {}
     for key, name in runtime.items():
         if name in home:
-            raise ExportError(f"{home[name]} and {key} are both loaded as {name}", where=str(entries[key].file))
+            raise ExportError(
+                f"{home[name]} and {key} are both loaded as {name}",
+                where=str(entries[key].file),
+                do="merge with peft's merge_and_unload",
+            )
         home[name] = key
     known = {*home, *(target for group in groups for target in group.targets)}
     ties: dict[str, str] = {}
@@ -212,14 +216,20 @@ def save_group(group: Group, tensors: Mapping[str, torch.Tensor], model: PreTrai
     for name in sorted(tensors, key=dot_natural_key):
         renamed, pattern = reverse.rename_source_key(name)
         if pattern is None:
-            raise ExportError(f"{name} cannot be written back in the base's layout ({group.converter})")
+            raise ExportError(
+                f"{name} cannot be written back in the base's layout ({group.converter})",
+                do="merge with peft's merge_and_unload",
+            )
         first = first or renamed
         reverse.add_tensor(renamed, name, pattern, _now(tensors[name]))
     realized = reverse.convert(first or group.first, model=model, config=model.config)
     plain = {name: value[0] if isinstance(value, list) else value for name, value in realized.items()}
     missing = sorted(set(group.inner) - plain.keys())
     if missing or len(plain) != len(group.keys):
-        raise ExportError(f"{', '.join(missing or group.keys)} cannot be rebuilt from the memory layout")
+        raise ExportError(
+            f"{', '.join(missing or group.keys)} cannot be rebuilt from the memory layout",
+            do="merge with peft's merge_and_unload",
+        )
     return {key: plain[inner] for key, inner in zip(group.keys, group.inner, strict=True)}
 
 

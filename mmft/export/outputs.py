@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ from peft import PeftModel
 from torch import nn
 
 from mmft.errors import ExportError
-from mmft.export.merge import merge_adapter
+from mmft.export.merge import Onto, merge_adapter
 from mmft.export.names import model_class
+from mmft.files import scratch_folder
 from mmft.recipe.schema import QuantizationSection
 
 _LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -59,6 +59,7 @@ def compare_outputs(
             raise ExportError(
                 "the base was quantized in training: give the trained model as adapter_model",
                 where=str(adapter_folder),
+                do="verify the run folder (mmft merge RUN), which loads it",
             )
         adapter_model = PeftModel.from_pretrained(
             kind.from_pretrained(base_folder, dtype=want_type), str(adapter_folder)
@@ -77,18 +78,18 @@ def compare_outputs(
     first = judge(merged_folder, stated["onto"])
     second = None
     if quantized:
-        other = "base" if stated["onto"] == "dequantized" else "dequantized"
-        with tempfile.TemporaryDirectory(dir=merged_folder.parent, prefix=".verify-") as scratch:
+        other: Onto = "base" if stated["onto"] == "dequantized" else "dequantized"
+        with scratch_folder(merged_folder.parent, "verify") as scratch:
             merge_adapter(
                 base_folder,
                 adapter_folder,
-                Path(scratch) / "other",
+                scratch / "other",
                 onto=other,
                 quantization=section,
                 quantized_modules=stated["quantized_modules"],
                 dtype=stated["dtype"],
             )
-            second = judge(Path(scratch) / "other", other)
+            second = judge(scratch / "other", other)
     return first, second
 
 

@@ -27,7 +27,11 @@ class RoundTrip:
         section: QuantizationSection,
     ) -> None:
         if section.load_in_4bit == section.load_in_8bit:
-            raise ExportError("a quantized base has load_in_4bit or load_in_8bit", where="quantization")
+            raise ExportError(
+                "a quantized base has load_in_4bit or load_in_8bit",
+                where="quantization",
+                do="set exactly one of the two",
+            )
         self._read, self._section = read, section
         self._absmax = self._four_bit_absmax(blocks) if section.load_in_4bit else None
 

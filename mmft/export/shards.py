@@ -93,7 +93,9 @@ class Weights:
             for entry in _read_header(file):
                 if entry.name in self.entries:
                     raise ExportError(
-                        f"tensor {entry.name} is in two files", where=f"{self.entries[entry.name].file}, {file}"
+                        f"tensor {entry.name} is in two files",
+                        where=f"{self.entries[entry.name].file}, {file}",
+                        do="report this; the base's files may have changed meanwhile",
                     )
                 self.entries[entry.name] = entry
 
@@ -132,7 +134,11 @@ class Weights:
         while done < count:
             got = os.preadv(self._handles[entry.file], [view[done:]], entry.offset + start + done)
             if not got:
-                raise ExportError(f"the file ends inside tensor {entry.name}", where=str(entry.file))
+                raise ExportError(
+                    f"the file ends inside tensor {entry.name}",
+                    where=str(entry.file),
+                    do="copy or download the folder again from its source",
+                )
             done += got
         return buffer
 
@@ -158,10 +164,16 @@ def weight_files(folder: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(f"{INDEX} cannot be read: {error}", where=str(index)) from error
+        raise ExportError(
+            f"{INDEX} cannot be read: {error}", where=str(index), do="copy or download the folder again from its source"
+        ) from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-            raise ExportError(f"{INDEX} names a file that is not in the folder: {name}", where=str(index))
+            raise ExportError(
+                f"{INDEX} names a file that is not in the folder: {name}",
+                where=str(index),
+                do="copy or download the folder again from its source",
+            )
     return [folder / name for name in names]
 
 
@@ -175,15 +187,27 @@ def _read_header(file: Path) -> list[Entry]:
             header = json.loads(stream.read(length))
         entries = [_entry(file, name, info, 8 + length) for name, info in header.items() if name != "__metadata__"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ExportError(f"{file.name} is not a safetensors file: {error}", where=str(file)) from error
+        raise ExportError(
+            f"{file.name} is not a safetensors file: {error}",
+            where=str(file),
+            do="copy or download the folder again from its source",
+        ) from error
     entries.sort(key=lambda entry: entry.offset)
     at = 8 + length
     for entry in entries:
         if entry.offset != at:
-            raise ExportError(f"{file.name}: tensor {entry.name} does not follow its neighbour", where=str(file))
+            raise ExportError(
+                f"{file.name}: tensor {entry.name} does not follow its neighbour",
+                where=str(file),
+                do="copy or download the folder again from its source",
+            )
         at += entry.nbytes
     if at != size:
-        raise ExportError(f"{file.name} has {size:,} bytes, its header says {at:,}", where=str(file))
+        raise ExportError(
+            f"{file.name} has {size:,} bytes, its header says {at:,}",
+            where=str(file),
+            do="copy or download the folder again from its source",
+        )
     return entries
 
 
@@ -228,7 +252,10 @@ def parse_size(size: str | int) -> int:
         if text.endswith(unit) and number.replace(".", "", 1).isdigit() and float(number) > 0:
             return int(float(number) * _UNITS[unit])
     raise ExportError(
-        f"max_shard_size {size!r} is not a size", where="export.max_shard_size", allowed="5GB, 500MB, 2GiB"
+        f"max_shard_size {size!r} is not a size",
+        where="export.max_shard_size",
+        allowed="5GB, 500MB, 2GiB",
+        do="write for example 5GB",
     )
 
 
@@ -272,7 +299,10 @@ def write_shard(path: Path, outputs: Sequence[Output], produce: Callable[[Output
             for piece in produce(output):
                 written += stream.write(piece)
             if written != output.nbytes:
-                raise ExportError(f"tensor {output.name}: {written} bytes came, {output.nbytes} were planned")
+                raise ExportError(
+                    f"tensor {output.name}: {written} bytes came, {output.nbytes} were planned",
+                    do="report this; the base's files may have changed meanwhile",
+                )
 
 
 def index_json(shards: Mapping[str, Sequence[Output]]) -> dict[str, object]:

@@ -138,7 +138,8 @@ class _Prover:
         self.quantized = quantized_names(names, stated["quantized_modules"], self.updates)
         self.jobs, _ = plan_jobs(names, self.updates, base, adapter=adapter, quantized=self.quantized, onto=self.onto)
         self.untouched = self.untouched_bytes = self.touched = 0
-        self.worst, self.worst_tensor = 0.0, None
+        self.worst = 0.0
+        self.worst_tensor: str | None = None
         self.digest = hashlib.sha256()
 
     def run(self) -> None:
@@ -151,7 +152,9 @@ class _Prover:
             entry, source = self.merged.entries[job.key], self.base.entries[job.source]
             want = self.dtype if self.dtype and source.dtype.is_floating_point else source.dtype
             if entry.shape != source.shape or entry.dtype != want:
-                raise ExportError(f"{job.key} is {entry.dtype}{list(entry.shape)}, not {want}{list(source.shape)}")
+                raise ExportError(
+                    f"{job.key} is {entry.dtype}{list(entry.shape)}, not {want}{list(source.shape)}", do="merge again"
+                )
             if not job.changed(self.onto):
                 self._untouched(job)
             elif job.group is None:
@@ -169,7 +172,9 @@ class _Prover:
             data = _bytes(got)
             if data != _bytes(want):
                 raise ExportError(
-                    f"{job.key} was not touched by the adapter, but its bytes differ", where=str(entry.file)
+                    f"{job.key} was not touched by the adapter, but its bytes differ",
+                    where=str(entry.file),
+                    do="merge again",
                 )
             self.digest.update(data)
         self.untouched += 1
@@ -195,7 +200,7 @@ class _Prover:
         for name in group.targets:
             if name not in job.touched:
                 if not torch.equal(old[name], new[name]):
-                    raise ExportError(f"{name} was not touched by the adapter, but it differs")
+                    raise ExportError(f"{name} was not touched by the adapter, but it differs", do="merge again")
                 continue
             whole = old[name]
             blocks = [(0, whole.shape[0])]

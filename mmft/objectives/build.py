@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from mmft.errors import BackboneError
@@ -15,8 +17,9 @@ def build_objective(section: ObjectiveSection, model: nn.Module) -> Objective:
 
     Raises BackboneError when the model has no output embeddings.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PeftModel hides the accessor
-    head = base.get_output_embeddings()  # type: ignore[operator]
+    unwrap: Any = getattr(model, "get_base_model", None)  # a PeftModel hides the accessor
+    base: Any = model if unwrap is None else unwrap()
+    head = base.get_output_embeddings()
     if head is None:
         raise BackboneError(
             f"{type(base).__name__} has no output embeddings",

@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmft.data.collate import Batch
+from mmft.data.render import IGNORED
 from mmft.errors import BackboneError
 from mmft.objectives.base import Loss
-
-IGNORE = -100
 
 
 @contextmanager
@@ -61,10 +60,10 @@ class SftObjective:
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """`Loss(sum, count)` of one forward; `logs["correct"]` counts greedy hits."""
         targets = batch.labels[:, 1:]
-        rows = F.pad(targets != IGNORE, (0, 1), value=False)
+        rows = F.pad(targets != IGNORED, (0, 1), value=False)
         with head_on_rows(self.head, rows):
             logits = model(**batch.inputs, use_cache=False).logits
-        wanted = targets[targets != IGNORE]
+        wanted = targets[targets != IGNORED]
         scores = logits.reshape(-1, logits.shape[-1]).float()
         total = F.cross_entropy(scores, wanted, reduction="sum", label_smoothing=self.label_smoothing)
         correct = (scores.detach().argmax(-1) == wanted).sum()

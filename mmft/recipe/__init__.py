@@ -1,1 +1,1 @@
-
+"""The recipe: schema, loading, checks; no torch."""

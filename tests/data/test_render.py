@@ -271,14 +271,17 @@ def test_learned_literals_agree_with_prefixes_on_random_rows():
         assert finder(one.turns, text) == prefix_spans(renderer.text, one.turns, text)
 
 
-@pytest.mark.slow
-def test_a_row_of_six_turns_costs_less_than_four_milliseconds():
+def test_the_fast_way_costs_less_than_a_third_of_the_slow_one():
+    """A ratio of CPU times, because milliseconds depend on who else is on the machine."""
     import time
 
-    torch.set_num_threads(1)
     renderer, one = Renderer(processor("llava"), max_length=4096), sample(*SIX, size=(192, 192))
-    renderer.render(one)
-    start = time.perf_counter()
-    for _ in range(100):
-        renderer.render(one)
-    assert (time.perf_counter() - start) / 100 < 0.004
+
+    def cost(work) -> float:
+        work(one)
+        start = time.process_time()
+        for _ in range(15):
+            work(one)
+        return time.process_time() - start
+
+    assert 3 * cost(renderer.render) < cost(renderer.render_slowly)

@@ -30,9 +30,7 @@ def made(step: int = 3) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Adam
 def save(root: Path, step: int, *, keep: int = 2, best: int | None = None) -> Path:
     params, optimizer = made(step)
     state = TrainState(step=step, samples_consumed=step * 4, best_step=best)
-    return save_checkpoint(
-        root, trainable=params, optimizer=optimizer, state=state, identity=IDENTITY, keep=keep
-    )
+    return save_checkpoint(root, trainable=params, optimizer=optimizer, state=state, identity=IDENTITY, keep=keep)
 
 
 def test_round_trip_is_exact_and_training_goes_on_the_same(tmp_path: Path) -> None:

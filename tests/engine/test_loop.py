@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmft.engine.loop import Engine
-from mmft.errors import CheckpointError, NonFiniteError
+from mmft.errors import CheckpointError, MemoryLimitError, NonFiniteError
 from mmft.recipe.schema import AdapterSection
 from tests.engine.runs import STEPS, Record, StopAt, make_engine
 
@@ -192,3 +192,17 @@ def test_batch_norm_tower_keeps_its_statistics(place: Path) -> None:
     assert before
     engine.fit(resume=False)
     assert all(torch.equal(value, dict(adapted.model.named_buffers())[name]) for name, value in before.items())
+
+
+def test_out_of_memory_names_the_samples_and_the_remedy(place: Path) -> None:
+    engine, adapted = make_engine(place, run="oom")
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    handle = adapted.backbone.model.get_output_embeddings().register_forward_pre_hook(refuse)
+    with pytest.raises(MemoryLimitError, match="out of memory at step 1") as caught:
+        engine.fit(resume=False)
+    handle.remove()
+    assert caught.value.exit_code == 6
+    assert "halve train.per_device_train_batch_size" in str(caught.value)

@@ -18,6 +18,7 @@ from mmft.data.collate import collate
 from mmft.data.formats import load_all
 from mmft.data.media import open_image
 from mmft.data.order import StepPlan
+from mmft.data.render import IGNORED
 from mmft.data.sample import Sample
 from mmft.engine.loop import Engine
 from mmft.errors import RecipeError
@@ -39,7 +40,12 @@ def trace_row(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     loaded = load_recipe(recipe, overrides)
     samples = load_all(loaded.data.train, loaded.data, seed=loaded.train.seed)
     if not 0 <= row < len(samples):
-        raise RecipeError(f"row {row} does not exist", where="--row", allowed=f"0 to {len(samples) - 1}")
+        raise RecipeError(
+            f"row {row} does not exist",
+            where="--row",
+            allowed=f"0 to {len(samples) - 1}",
+            do="choose a row of the training data",
+        )
     backbone = load_backbone(loaded.model, loaded.quantization)
     adapted = build_adapters(backbone, loaded.adapter, seed=loaded.train.seed)
     return [
@@ -58,7 +64,7 @@ def _data_stations(recipe: Recipe, adapted: Adapted, samples: Sequence[Sample], 
     batch = collate([rendered], pad_token_id=adapted.backbone.pad_token_id)
     turns = f"{len(sample.turns)} turns, {len(sample.media)} media"
     pictures = [open_image(ref, max_pixels=recipe.data.max_image_pixels) for ref in sample.media]
-    supervised = int((rendered.labels != -100).sum())
+    supervised = int((rendered.labels != IGNORED).sum())
     return [
         _station("1 formats", load_all, what=f"Sample {sample.id} ({sample.where})", shape=turns, value=sample.turns),
         _station("2 audit", audit, what="Audit", shape=f"{checked.rows} row", value=checked.fingerprint),
@@ -93,9 +99,10 @@ def _model_stations(recipe: Recipe, adapted: Adapted, sample: Sample) -> list[St
         loss = objective.loss(adapted.model, batch)
     (loss.sum / max(loss.count, 1)).backward()
     norms: dict[str, float] = {}
+    params = adapted.trainable()
     for group in adapted.groups:
-        params = adapted.trainable()
-        square = sum(float(params[name].grad.norm()) ** 2 for name in group.names if params[name].grad is not None)
+        gradients = [grad for name in group.names if (grad := params[name].grad) is not None]
+        square = sum((float(grad.norm()) ** 2 for grad in gradients), 0.0)
         norms[group.part] = norms.get(group.part, 0.0) + square
     shown = ", ".join(f"{part} {square**0.5:.3g}" for part, square in sorted(norms.items()))
     frozen = sum(1 for param in adapted.model.parameters() if not param.requires_grad and param.grad is not None)

@@ -9,18 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from mmft.adapters.targets import resolve_targets
-from mmft.backbones.inspect import meta_of_type
-from mmft.backbones.load import Backbone, load_processor, meta_backbone
-from mmft.data.formats import load_all
+from mmft.adapters.build import build_adapters
+from mmft.backbones.load import Backbone, load_processor, meta_backbone, meta_model
+from mmft.backbones.parts import find_parts
+from mmft.data.formats import load_all, source_name
 from mmft.data.preview import write_preview
-from mmft.data.render import Renderer
+from mmft.data.render import IGNORED, Renderer
 from mmft.data.sample import Sample
 from mmft.engine.memory import estimate_memory
 from mmft.errors import BackboneError
+from mmft.journal import Journal
 from mmft.recipe.load import load_recipe
 from mmft.recipe.schema import Recipe
-from mmft.stages import make_renderer, plan_steps
+from mmft.stages import fitting, make_renderer, plan_steps
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROBE_ROWS = 256
@@ -37,13 +38,21 @@ def make_plan(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     backbone, notes = _meta(loaded)
     samples = load_all(loaded.data.train, loaded.data, seed=loaded.train.seed)
     evals = {
-        source.name or source.path: len(load_all((source,), loaded.data, seed=loaded.train.seed))
+        source_name(source): len(load_all((source,), loaded.data, seed=loaded.train.seed))
         for source in loaded.data.eval
     }
-    lengths = _lengths(make_renderer(loaded, backbone.processor), samples) if backbone.processor is not None else None
-    if lengths is None:
+    lengths = None
+    if backbone.processor is not None:
+        renderer = make_renderer(loaded, backbone.processor)
+        if renderer.over_length == "drop":
+            every = len(samples)
+            samples = fitting(samples, renderer, Journal(None, quiet=True), name="train")
+            notes.append(f"{every - len(samples)} of {every} training rows are too long and dropped")
+        lengths = _lengths(renderer, samples)
+    else:
         notes.append("no processor at hand: token lengths are not known, memory is estimated at 512 tokens a row")
     steps, total = plan_steps(loaded, len(samples), 1)
+    weights = _weight_bytes(loaded, backbone)
     parts, targets, trainable = _trained(loaded, backbone)
     return {
         "name": loaded.name,
@@ -53,7 +62,7 @@ def make_plan(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] =
         "data": {"train": len(samples), **evals},
         "tokens": {kind: _percentiles(values) for kind, values in (lengths or {}).items()},
         "steps": {"total": total, "rows_per_step": steps.rows_per_step, "epochs": steps.epoch_at(total)},
-        "memory": _memory(loaded, backbone, trainable=trainable, lengths=lengths),
+        "memory": _memory(loaded, backbone, weights=weights, trainable=trainable, lengths=lengths),
         "notes": notes,
         "seconds": time.monotonic() - begin,
     }
@@ -67,7 +76,10 @@ def _meta(recipe: Recipe) -> tuple[Backbone, list[str]]:
         if kind is None or Path(recipe.model.name_or_path).exists():
             raise
         note = f"{recipe.model.name_or_path} cannot be reached: sizes are the defaults of {kind}, not this checkpoint's"
-        return meta_of_type(kind, recipe.model), [note]
+        model = meta_model(kind)
+        if model is None:
+            raise
+        return Backbone(model, None, find_parts(model), None, recipe.model.name_or_path, None, False), [note]
 
 
 def _lengths(renderer: Renderer, samples: Sequence[Sample]) -> dict[str, list[int]]:
@@ -76,7 +88,7 @@ def _lengths(renderer: Renderer, samples: Sequence[Sample]) -> dict[str, list[in
     return {
         "all": [len(row.input_ids) for row in rows],
         "image": [row.media_tokens for row in rows],
-        "supervised": [int((row.labels[1:] != -100).sum()) for row in rows],
+        "supervised": [int((row.labels[1:] != IGNORED).sum()) for row in rows],
     }
 
 
@@ -85,48 +97,38 @@ def _percentiles(values: Sequence[int]) -> dict[str, int]:
     return {"p50": int(found[0]), "p90": int(found[1]), "p99": int(found[2]), "max": int(max(values))}
 
 
-def _rank(recipe: Recipe, part: str) -> int:
-    own = recipe.adapter.parts.get(part)  # type: ignore[call-overload]
-    return (own.lora_rank if own is not None else None) or recipe.adapter.lora_rank
-
-
-def _trained(recipe: Recipe, backbone: Backbone) -> tuple[list[dict[str, Any]], list[list[Any]], int]:
-    """Rows of the parts table, rows of the targets table, trainable parameters."""
+def _trained(recipe: Recipe, backbone: Backbone) -> tuple[list[dict[str, Any]], list[list[str]], int]:
+    """Rows of the parts table, rows of the targets table, trainable parameters: counted on the adapted meta model."""
     sizes: dict[str, int] = {}
     for name, param in backbone.model.named_parameters():
         part = backbone.parts.part_of(name)
         sizes[part] = sizes.get(part, 0) + param.numel()
-    modules = dict(backbone.model.named_modules())
-    trainable = dict.fromkeys(sizes, 0)
-    targets: list[list[Any]] = []
-    for target in resolve_targets(backbone.parts, recipe.adapter):
-        own = recipe.adapter.parts.get(target.part)  # type: ignore[call-overload]
-        full = recipe.adapter.method == "full" or (own is not None and own.mode == "full")
-        rank = _rank(recipe, target.part)
-        for name in target.modules:
-            module = modules[name]
-            added = sum(param.numel() for param in module.parameters()) if full else rank * sum(module.weight.shape[:2])
-            trainable[target.part] = trainable.get(target.part, 0) + added
-        targets.append([f"{target.part}.{target.sub}", len(target.modules), "full" if full else rank])
-    rows = [
-        {"part": part, "parameters": size, "trainable": trainable.get(part, 0)} for part, size in sorted(sizes.items())
-    ]
-    return rows, targets, sum(trainable.values())
+    adapted = build_adapters(backbone, recipe.adapter, seed=recipe.train.seed)
+    trained: dict[str, int] = {}
+    for name, param in adapted.trainable().items():
+        part = adapted.home(name)[0]
+        trained[part] = trained.get(part, 0) + param.numel()
+    parts = [{"part": part, "parameters": count, "trainable": trained.get(part, 0)} for part, count in sizes.items()]
+    return parts, adapted.table(), sum(trained.values())
+
+
+def _weight_bytes(recipe: Recipe, backbone: Backbone) -> int:
+    """Bytes of the base's weights; 4.5 bits a weight for NF4 with its constants."""
+    quant, total = recipe.quantization, 0.0
+    for name, param in backbone.model.named_parameters():
+        packed = backbone.parts.part_of(name) in quant.parts and param.ndim == 2 and "embed" not in name
+        size: float = BYTES[recipe.model.dtype]
+        if packed and (quant.load_in_4bit or quant.load_in_8bit):
+            size = 0.56 if quant.load_in_4bit else 1
+        total += param.numel() * size
+    return int(total)
 
 
 def _memory(
-    recipe: Recipe, backbone: Backbone, *, trainable: int, lengths: dict[str, list[int]] | None
+    recipe: Recipe, backbone: Backbone, *, weights: int, trainable: int, lengths: dict[str, list[int]] | None
 ) -> dict[str, int]:
     text = backbone.model.config.get_text_config()
     micro = recipe.train.per_device_train_batch_size
-    quant = recipe.quantization
-    weights = 0
-    for name, param in backbone.model.named_parameters():
-        packed = backbone.parts.part_of(name) in quant.parts and param.ndim == 2 and "embed" not in name
-        size = (
-            0.56 if packed and quant.load_in_4bit else 1 if packed and quant.load_in_8bit else BYTES[recipe.model.dtype]
-        )
-        weights += int(param.numel() * size)
     estimate = estimate_memory(
         weight_bytes=weights,
         trainable_parameters=trainable,

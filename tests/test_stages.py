@@ -1,0 +1,96 @@
+"""What the stages tell about rows that are left out, and what they refuse before a run starts."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mmft import stages
+from mmft.data.audit import Audit
+from mmft.data.formats import Loaded
+from mmft.data.sample import Piece, Sample, Turn
+from mmft.errors import DataError, RecipeError
+from mmft.journal import Journal
+from mmft.recipe.schema import TrainSection
+
+
+def samples(count: int) -> list[Sample]:
+    turns = (Turn("user", (Piece("text", "q"),)), Turn("assistant", (Piece("text", "a"),)))
+    return [Sample(id=str(index), turns=turns) for index in range(count)]
+
+
+def renderer(over_length: str, fitting: set[str]) -> Any:
+    return SimpleNamespace(over_length=over_length, max_length=7, fits=lambda sample: sample.id in fitting)
+
+
+def events(folder) -> list[dict[str, Any]]:
+    path = folder / "events.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def test_bad_rows_that_are_allowed_are_counted_and_listed(tmp_path, capsys):
+    bad = [(f"rows.jsonl:{line}", f"reason {line}") for line in range(1, 6)]
+    stages._tell_bad(Loaded(samples(15), bad, "qa", "mine"), Journal(tmp_path))
+    assert "mine: 5 of 20 rows are bad and left out (rows.jsonl:1: reason 1;" in " ".join(
+        capsys.readouterr().err.split("\n")
+    )
+    assert [event["kind"] for event in events(tmp_path)] == ["warning", "bad_rows"]
+    assert events(tmp_path)[1]["rows"] == [list(row) for row in bad]
+
+
+def test_good_rows_are_not_worth_a_word(tmp_path):
+    stages._tell_bad(Loaded(samples(3), [], "qa", "mine"), Journal(tmp_path, quiet=True))
+    assert events(tmp_path) == []
+
+
+def test_rows_are_dropped_only_where_the_recipe_says_so():
+    journal = Journal(None, quiet=True)
+    rows = samples(3)
+    assert stages.fitting(rows, renderer("error", set()), journal, name="train") is rows
+    kept = stages.fitting(rows, renderer("drop", {"0", "2"}), journal, name="train")
+    assert [sample.id for sample in kept] == ["0", "2"]
+
+
+def test_a_set_of_which_nothing_is_left_is_refused():
+    with pytest.raises(DataError) as caught:
+        stages.fitting(samples(3), renderer("drop", set()), Journal(None, quiet=True), name="held")
+    assert caught.value.problems[0].what == "all 3 rows of 'held' are longer than 7 tokens"
+    assert caught.value.problems[0].do
+
+
+@pytest.mark.parametrize(("unstopped", "said"), [(0, 0), (4, 1)])
+def test_a_template_without_an_end_token_is_warned_about(tmp_path, monkeypatch, unstopped, said):
+    seen: list[int] = []
+
+    def audit(rows, _):
+        seen.append(len(rows))
+        return Audit(len(rows), 0, {}, len(rows), {}, (), unstopped, "")
+
+    monkeypatch.setattr(stages, "audit", audit)
+    stages._warn_unstopped(samples(100), renderer("error", set()), Journal(tmp_path, quiet=True))
+    assert seen == [stages.SAMPLED_ROWS]
+    warnings = [event["text"] for event in events(tmp_path)]
+    assert len(warnings) == said
+    assert all(text.startswith("4 of 32 rows looked at have no end token") for text in warnings)
+
+
+def test_a_tracker_that_is_not_there_is_refused():
+    with pytest.raises(RecipeError) as caught:
+        stages.make_accelerator(TrainSection(report_to=("tensorbord",)))
+    problem = caught.value.problems[0]
+    assert problem.where == "train.report_to[0]"
+    assert "tensorboard" in (problem.allowed or "")
+
+
+def test_tensorboard_writes_into_the_run_folder(tmp_path):
+    """What `train_stage` does with `report_to`, without a model."""
+    pytest.importorskip("tensorboard")
+    accelerator = stages.make_accelerator(TrainSection(report_to=("tensorboard",), output_dir=str(tmp_path)))
+    accelerator.init_trackers("mine")
+    assert len(accelerator.trackers) == 1
+    accelerator.log({"loss": 1.0}, step=1)
+    accelerator.end_training()
+    assert list((tmp_path / "mine").glob("events.out.tfevents.*"))
