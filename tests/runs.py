@@ -153,14 +153,15 @@ def _finished(kind: str) -> Finished:
 
 @functools.cache
 def trained_only() -> Finished:
-    """The uninterrupted run (training alone, 40 steps) that killed and stopped ones must equal."""
+    """The uninterrupted run (training alone, 60 steps) that killed and stopped ones must equal."""
     import mmft
 
     path = write_recipe(workshop() / "whole", LONG)
     return Finished(path, workshop() / "whole" / "runs" / "tiny", mmft.train(path, quiet=True))
 
 
-LONG = {**TRAIN_ONLY, "train.max_steps": 40, "train.save_steps": 4}
+LONG = {**TRAIN_ONLY, "train.max_steps": 60, "train.save_steps": 4}
+"""Long enough that a signal meant for its middle does not come too late on a busy machine."""
 
 
 # ---------------------------------------------------------------- reading results
@@ -228,7 +229,7 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", **more}
 
 
-def run_process(*words: object, timeout: float = 280, **more: str) -> Outcome:
+def run_process(*words: object, timeout: float = 900, **more: str) -> Outcome:
     """A real process; killed when it takes longer than `timeout` seconds."""
     done = subprocess.run(
         [str(word) for word in words],

@@ -56,7 +56,7 @@ FLOORS = {
 
 TOGETHER = {
     0: "plain files: files stands on lock, paths and errors, journal on files",
-    5: "the story's chapters: run reads runfolder, stages and outcome; tracing, planning, prove and answer reuse the stages",
+    5: "chapters: run reads runfolder, stages and outcome; tracing, planning, prove, answer reuse the stages",
     6: "cli calls the functions of mmft, __main__ calls cli",
 }
 """Floors on which the rooms are single files of one subject, and why they may import each other."""

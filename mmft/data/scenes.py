@@ -36,9 +36,7 @@ SIDE = 192
 _QUALITY = 92
 _BUCKETS = 100
 _CHUNK = 250
-_COUNTS = {"single": (1, 2, 3, 4), "leading": (1, 2, 2, 3, 3, 3, 4, 4, 4, 4), "unaided": (1, 1, 1, 2, 2, 2, 3, 3, 4, 4)}
-"""How many things a scene shows, drawn evenly; fewer make "is there" learnable."""
-_RECIPE = 3
+_RECIPE = 4
 """Raise when the way scenes are made changes: it is part of the cache folder's name."""
 
 
@@ -66,7 +64,7 @@ SCENE_SETS: dict[str, SceneSpec] = {
     spec.name: spec
     for spec in (
         SceneSpec("twemoji-pretrain", "twemoji", 48_000, ("all",), (0, 70), style_of_rows="leading"),
-        SceneSpec("twemoji-unaided", "twemoji", 48_000, ("all",), (0, 70)),
+        SceneSpec("twemoji-unaided", "twemoji", 40_000, ("all",), (0, 70)),
         SceneSpec("twemoji-heldout", "twemoji", 1_200, ("all",), (70, 78), turns=1),
         SceneSpec("twemoji-replay", "twemoji", 3_000, ("all",), (78, 84)),
         SceneSpec("openmoji-train", "openmoji", 6_000, ("trained",), (84, 92)),
@@ -177,7 +175,7 @@ def _make_row(spec: SceneSpec, made: Path, index: int) -> tuple[dict, dict]:
     pool_name = spec.pools[index % len(spec.pools)]
     pool = _pool(pool_name, spec.seed)
     kind = EVAL_TYPES[(index // len(spec.pools)) % len(EVAL_TYPES)]
-    counts = _COUNTS["single" if spec.turns == 1 else spec.style_of_rows]
+    counts = (1, 2, 3, 4) if spec.turns == 1 else (1, 2, 2, 3, 3, 3, 4, 4, 4, 4)
     layout = _draw_layout(spec, rng, pool, rng.choice(counts))
     if spec.turns == 1:
         questions = [_ask(kind, layout, pool, rng)]
@@ -242,14 +240,23 @@ def _ask(kind: str, layout: dict[str, Concept], pool: tuple[Concept, ...], rng: 
     return Question(kind, f"Where is the {concept.name}?", cell)
 
 
-def _is_there(layout: dict[str, Concept], pool: tuple[Concept, ...], rng: random.Random, *, present: bool) -> Question:
-    """A yes/no question; the thing asked for is uniform over the pool either way, so its name tells nothing."""
+def _is_there(
+    layout: dict[str, Concept], pool: tuple[Concept, ...], rng: random.Random, *, present: bool, reasons: bool = True
+) -> Question:
+    """A yes/no question; the thing asked for is uniform over the pool either way, so its name tells nothing.
+
+    With `reasons` the answer first says what is where ("top left cat, top right dog: yes"): a model this small does
+    not learn to compare a name with four pictures in one step, but it learns to look and then to compare words.
+    """
     shown = {concept.name for concept in layout.values()}
     concept = rng.choice(sorted(layout.values(), key=lambda concept: concept.name)) if present else rng.choice(pool)
     while not present and concept.name in shown:
         concept = rng.choice(pool)
     article = "an" if concept.name[0] in "aeiou" else "a"
-    return Question("is there", f"Is there {article} {concept.name}?", "yes" if present else "no")
+    answer = "yes" if present else "no"
+    if reasons:
+        answer = ", ".join(f"{cell} {seen.name}" for cell, seen in layout.items()) + f": {answer}"
+    return Question("is there", f"Is there {article} {concept.name}?", answer)
 
 
 def _conversation(
@@ -260,7 +267,9 @@ def _conversation(
     Questions that name a thing come before those whose answer names it: after "What is at the top left? apple", "Is
     there an apple?" could be answered from the text alone and would teach nothing about the picture.
     """
-    naming = [_is_there(layout, pool, rng, present=rng.random() < 0.5) for _ in range(max(1, turns // 4))]
+    naming = [
+        _is_there(layout, pool, rng, present=rng.random() < 0.5, reasons=False) for _ in range(max(1, turns // 4))
+    ]
     naming.append(_ask("find", layout, pool, rng))
     rng.shuffle(naming)
     cells = sorted(layout)
@@ -285,10 +294,8 @@ def _unaided(layout: dict[str, Concept], pool: tuple[Concept, ...], rng: random.
     draw = rng.random()
     if draw < 1 / 7:
         return [_ask(rng.choice(EVAL_TYPES), layout, pool, rng)]
-    if draw < 9 / 14:
-        # Few things, few questions: after as many "yes" as there are things, every further answer is known.
-        asked = min(turns, 2 * len(layout) + 1)
-        return [_is_there(layout, pool, rng, present=rng.random() < 0.5) for _ in range(asked)]
+    if draw < 4 / 7:
+        return _unique([_is_there(layout, pool, rng, present=rng.random() < 0.5) for _ in range(min(turns, 3))])
     told = [Question("where", f"What is at the {cell}?", layout[cell].name) for cell in layout]
     told += [Question("which group", f"Which group is at the {cell}?", layout[cell].group) for cell in layout]
     rng.shuffle(told)

@@ -35,7 +35,7 @@ def _turns(row: dict) -> list[tuple[str, str]]:
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
-def _truth(ask: str, cells: dict[str, str]) -> str:
+def _truth(ask: str, cells: dict[str, str], *, reasons: bool) -> str:
     """The answer to a question, found from the stored layout by other means than the builder's."""
     groups = {concept.name: concept.group for concept in emoji.concepts()}
     if ask == "How many pictures are there?":
@@ -48,7 +48,10 @@ def _truth(ask: str, cells: dict[str, str]) -> str:
         return next(cell for cell, name in cells.items() if name == match[1])
     match = re.fullmatch(r"Is there an? (.+)\?", ask)
     assert match is not None, ask
-    return "yes" if match[1] in cells.values() else "no"
+    said = "yes" if match[1] in cells.values() else "no"
+    return (
+        ", ".join(f"{cell} {cells[cell]}" for cell in scenes.CELLS if cell in cells) + f": {said}" if reasons else said
+    )
 
 
 @needs_demo
@@ -99,16 +102,28 @@ def test_every_answer_follows_from_the_stored_layout(name: str, tmp_path: Path) 
         turns = _turns(row)
         assert len({ask for ask, _ in turns}) == len(turns)
         for ask, answer in turns:
-            assert answer == _truth(ask, layout["cells"])
+            assert answer == _truth(ask, layout["cells"], reasons=spec.style_of_rows == "unaided")
         assert set(layout["cells"].values()) <= pools[row["tags"]["concepts"]]
         low, high = spec.buckets
         assert low <= scenes.layout_bucket(layout["cells"]) < high
 
 
-def test_no_two_sets_own_the_same_layout() -> None:
-    owned = [bucket for spec in scenes.SCENE_SETS.values() for bucket in range(*spec.buckets)]
-    assert len(owned) == len(set(owned))
-    assert set(owned) <= set(range(100))
+def test_no_layout_of_an_evaluation_set_is_in_another_set() -> None:
+    for spec in scenes.SCENE_SETS.values():
+        owned = set(range(*spec.buckets))
+        assert owned and owned <= set(range(100))
+        others = [other for other in scenes.SCENE_SETS.values() if other is not spec]
+        if spec.turns == 1:
+            assert not any(owned & set(range(*other.buckets)) for other in others)
+
+
+@needs_demo
+def test_unaided_rows_never_give_a_name_away(tmp_path: Path) -> None:
+    path = scenes.build_scene_set("twemoji-unaided", tmp_path / "set", rows=200)
+    for row in _read(path):
+        asked = [ask for ask, _ in _turns(row)]
+        naming = [ask for ask in asked if ask.startswith(("Is there", "Where is"))]
+        assert not naming or len(naming) == len(asked)
 
 
 @needs_demo
@@ -117,7 +132,7 @@ def test_an_evaluation_set_is_balanced(tmp_path: Path) -> None:
     rows = _read(path)
     assert all(len(row["messages"]) == 2 for row in rows)
     assert set(Counter((row["tags"]["type"], row["tags"]["concepts"]) for row in rows).values()) == {60}
-    answers = Counter(_turns(row)[0][1] for row in rows if row["tags"]["type"] == "is there")
+    answers = Counter(_turns(row)[0][1].split(": ")[1] for row in rows if row["tags"]["type"] == "is there")
     assert set(answers) == {"yes", "no"}
     assert 40 <= answers["yes"] <= 80
 
