@@ -36,8 +36,12 @@ SIDE = 192
 _QUALITY = 92
 _BUCKETS = 100
 _CHUNK = 250
-_RECIPE = 4
+_RECIPE = 5
 """Raise when the way scenes are made changes: it is part of the cache folder's name."""
+
+
+Reasons = Literal["none", "list"]
+"""What stands before the "yes" or "no" of an "is there" answer: nothing, or what is where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +62,13 @@ class SceneSpec:
     turns: int = 8
     seed: int = 0
     style_of_rows: Literal["leading", "unaided"] = "unaided"
+    reasons: Reasons = "list"
 
 
 SCENE_SETS: dict[str, SceneSpec] = {
     spec.name: spec
     for spec in (
-        SceneSpec("twemoji-pretrain", "twemoji", 48_000, ("all",), (0, 70), style_of_rows="leading"),
+        SceneSpec("twemoji-pretrain", "twemoji", 48_000, ("all",), (0, 70), style_of_rows="leading", reasons="none"),
         SceneSpec("twemoji-unaided", "twemoji", 40_000, ("all",), (0, 70)),
         SceneSpec("twemoji-heldout", "twemoji", 1_200, ("all",), (70, 78), turns=1),
         SceneSpec("twemoji-replay", "twemoji", 3_000, ("all",), (78, 84)),
@@ -178,10 +183,11 @@ def _make_row(spec: SceneSpec, made: Path, index: int) -> tuple[dict, dict]:
     counts = (1, 2, 3, 4) if spec.turns == 1 else (1, 2, 2, 3, 3, 3, 4, 4, 4, 4)
     layout = _draw_layout(spec, rng, pool, rng.choice(counts))
     if spec.turns == 1:
-        questions = [_ask(kind, layout, pool, rng)]
+        questions = [_ask(kind, layout, pool, rng, spec.reasons)]
     else:
-        converse = _conversation if spec.style_of_rows == "leading" else _unaided
-        kind, questions = "mixed", converse(layout, pool, rng, spec.turns)
+        leading = spec.style_of_rows == "leading"
+        kind = "mixed"
+        questions = (_conversation if leading else _unaided)(layout, pool, rng, spec)
     name = f"images/{index:06d}.jpg"
     _draw(spec.style, layout, rng).save(made / name, quality=_QUALITY)
     tags = {"type": kind, "style": spec.style, "concepts": pool_name}
@@ -225,12 +231,14 @@ def _draw(style: str, layout: dict[str, Concept], rng: random.Random) -> Image.I
     return picture
 
 
-def _ask(kind: str, layout: dict[str, Concept], pool: tuple[Concept, ...], rng: random.Random) -> Question:
+def _ask(
+    kind: str, layout: dict[str, Concept], pool: tuple[Concept, ...], rng: random.Random, reasons: Reasons = "none"
+) -> Question:
     """One question of a kind about a layout."""
     if kind == "how many":
         return Question(kind, "How many pictures are there?", str(len(layout)))
     if kind == "is there":
-        return _is_there(layout, pool, rng, present=rng.random() < 0.5)
+        return _is_there(layout, pool, rng, present=rng.random() < 0.5, reasons=reasons)
     cell = rng.choice(sorted(layout))
     concept = layout[cell]
     if kind == "which group":
@@ -241,12 +249,12 @@ def _ask(kind: str, layout: dict[str, Concept], pool: tuple[Concept, ...], rng: 
 
 
 def _is_there(
-    layout: dict[str, Concept], pool: tuple[Concept, ...], rng: random.Random, *, present: bool, reasons: bool = True
+    layout: dict[str, Concept], pool: tuple[Concept, ...], rng: random.Random, *, present: bool, reasons: Reasons
 ) -> Question:
     """A yes/no question; the thing asked for is uniform over the pool either way, so its name tells nothing.
 
-    With `reasons` the answer first says what is where ("top left cat, top right dog: yes"): a model this small does
-    not learn to compare a name with four pictures in one step, but it learns to look and then to compare words.
+    With reasons the answer first says what is where ("top left cat, top right dog: yes"): this small model learns to
+    say what it sees, and to compare a name with it is a step of its own.
     """
     shown = {concept.name for concept in layout.values()}
     concept = rng.choice(sorted(layout.values(), key=lambda concept: concept.name)) if present else rng.choice(pool)
@@ -254,21 +262,22 @@ def _is_there(
         concept = rng.choice(pool)
     article = "an" if concept.name[0] in "aeiou" else "a"
     answer = "yes" if present else "no"
-    if reasons:
+    if reasons == "list":
         answer = ", ".join(f"{cell} {seen.name}" for cell, seen in layout.items()) + f": {answer}"
     return Question("is there", f"Is there {article} {concept.name}?", answer)
 
 
 def _conversation(
-    layout: dict[str, Concept], pool: tuple[Concept, ...], rng: random.Random, turns: int
+    layout: dict[str, Concept], pool: tuple[Concept, ...], rng: random.Random, spec: SceneSpec
 ) -> list[Question]:
-    """`turns` questions about one picture, no question twice.
+    """`spec.turns` questions about one picture, no question twice.
 
     Questions that name a thing come before those whose answer names it: after "What is at the top left? apple", "Is
     there an apple?" could be answered from the text alone and would teach nothing about the picture.
     """
+    turns = spec.turns
     naming = [
-        _is_there(layout, pool, rng, present=rng.random() < 0.5, reasons=False) for _ in range(max(1, turns // 4))
+        _is_there(layout, pool, rng, present=rng.random() < 0.5, reasons="none") for _ in range(max(1, turns // 4))
     ]
     naming.append(_ask("find", layout, pool, rng))
     rng.shuffle(naming)
@@ -285,21 +294,24 @@ def _conversation(
     return head + [question for question in kept if question.kind == "where"]
 
 
-def _unaided(layout: dict[str, Concept], pool: tuple[Concept, ...], rng: random.Random, turns: int) -> list[Question]:
-    """Up to `turns` questions that only the picture can answer.
+def _unaided(
+    layout: dict[str, Concept], pool: tuple[Concept, ...], rng: random.Random, spec: SceneSpec
+) -> list[Question]:
+    """Up to `spec.turns` questions that only the picture can answer.
 
     A row either tells (names, groups, the count) or is asked whether named things are there; a name in an earlier turn
     could be copied instead of seen. One row in seven has a single question, as evaluation rows do.
     """
     draw = rng.random()
     if draw < 1 / 7:
-        return [_ask(rng.choice(EVAL_TYPES), layout, pool, rng)]
+        return [_ask(rng.choice(EVAL_TYPES), layout, pool, rng, spec.reasons)]
     if draw < 4 / 7:
-        return _unique([_is_there(layout, pool, rng, present=rng.random() < 0.5) for _ in range(min(turns, 3))])
+        asked = (rng.random() < 0.5 for _ in range(min(spec.turns, 3)))
+        return _unique([_is_there(layout, pool, rng, present=one, reasons=spec.reasons) for one in asked])
     told = [Question("where", f"What is at the {cell}?", layout[cell].name) for cell in layout]
     told += [Question("which group", f"Which group is at the {cell}?", layout[cell].group) for cell in layout]
     rng.shuffle(told)
-    kept = [_ask("how many", layout, pool, rng), *told][:turns]
+    kept = [_ask("how many", layout, pool, rng), *told][: spec.turns]
     rng.shuffle(kept)
     return kept
 

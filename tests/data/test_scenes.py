@@ -35,7 +35,7 @@ def _turns(row: dict) -> list[tuple[str, str]]:
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
-def _truth(ask: str, cells: dict[str, str], *, reasons: bool) -> str:
+def _truth(ask: str, cells: dict[str, str], *, reasons: str) -> str:
     """The answer to a question, found from the stored layout by other means than the builder's."""
     groups = {concept.name: concept.group for concept in emoji.concepts()}
     if ask == "How many pictures are there?":
@@ -102,7 +102,7 @@ def test_every_answer_follows_from_the_stored_layout(name: str, tmp_path: Path) 
         turns = _turns(row)
         assert len({ask for ask, _ in turns}) == len(turns)
         for ask, answer in turns:
-            assert answer == _truth(ask, layout["cells"], reasons=spec.style_of_rows == "unaided")
+            assert answer == _truth(ask, layout["cells"], reasons=spec.reasons)
         assert set(layout["cells"].values()) <= pools[row["tags"]["concepts"]]
         low, high = spec.buckets
         assert low <= scenes.layout_bucket(layout["cells"]) < high
