@@ -88,6 +88,11 @@ class Journal:
                 "warning: " + printable(text), style="yellow", markup=False, highlight=False, soft_wrap=True
             )
 
+    @property
+    def interactive(self) -> bool:
+        """Whether a person watches a terminal, so that bars are drawn."""
+        return not self.quiet and self._terminal().is_terminal
+
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """Print a table; columns whose cells are all numbers are set to the right."""
         if self.quiet:

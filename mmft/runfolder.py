@@ -120,7 +120,7 @@ def _may_use(path: Path, stored: Path, recipe: Recipe, *, resume: bool, overwrit
             allowed="a new folder, or one that mmft made",
             do="choose another `name` or `train.output_dir`",
         )
-    if overwrite:
+    if overwrite or not _has_begun(path):
         return
     if not resume:
         raise CheckpointError(
@@ -137,6 +137,11 @@ def _may_use(path: Path, stored: Path, recipe: Recipe, *, resume: bool, overwrit
             allowed="the same values for every field that changes numbers",
             do="undo the change, or start a new run with name=ANOTHER",
         )
+
+
+def _has_begun(path: Path) -> bool:
+    """Whether anything was trained here; a run that failed on its data before the first step left only notes."""
+    return any((path / name).exists() for name in ("metrics.jsonl", "checkpoints", "adapter", "model", "report.json"))
 
 
 def _empty(path: Path) -> None:

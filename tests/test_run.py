@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 import mmft
+from mmft.errors import CheckpointError, DataError
 from tests.runs import (
     BIN,
     LONG,
+    TRAIN_ONLY,
     adapter_sha,
     answer_of,
     cli,
@@ -34,6 +36,7 @@ from tests.runs import (
     wait_for_step,
     write_recipe,
 )
+from tests.tiny import tiny_rows
 
 FILES = ["recipe.yaml", "run.json", "events.jsonl", "metrics.jsonl", "training.json", "predictions.jsonl"]
 FILES += ["report.json", "report.html"]
@@ -306,3 +309,16 @@ def test_ten_kills_of_a_whole_run_change_nothing(tmp_path: Path) -> None:
     assert report["scores"] == finished("plain").report["scores"]
     assert hashes(run / "merged")["model.safetensors"] == hashes(finished("plain").run / "merged")["model.safetensors"]
     assert not [path for path in run.rglob("*.tmp")]
+
+
+def test_a_run_that_failed_on_its_data_is_simply_started_again(tmp_path: Path) -> None:
+    path = tiny_rows(tmp_path / "mine", 4)
+    picture = next(iter(sorted((tmp_path / "mine").rglob("*.png"))))
+    picture.rename(picture.with_suffix(".away"))
+    recipe = write_recipe(tmp_path, {**TRAIN_ONLY, "data.train": str(path), "train.max_steps": 1})
+    with pytest.raises(DataError):
+        mmft.train(recipe, quiet=True)
+    picture.with_suffix(".away").rename(picture)
+    assert mmft.train(recipe, quiet=True)["training"]["steps"] == 1
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        mmft.train(recipe, quiet=True)

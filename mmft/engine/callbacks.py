@@ -11,6 +11,9 @@ from accelerate import Accelerator
 from mmft.engine.state import TrainState
 from mmft.journal import Journal
 
+PLAIN_SECONDS = 20.0
+"""Between two lines of progress where there is no terminal."""
+
 
 class Callback(Protocol):
     """Hooks are called on every rank, in the order of the list, between steps."""
@@ -43,6 +46,7 @@ class Progress:
         self.journal = journal
         self._context: Any = None
         self._bar: Any = None
+        self._said = 0.0
 
     def on_start(self, state: TrainState, total_steps: int) -> None:
         self._total = total_steps
@@ -55,14 +59,18 @@ class Progress:
 
     def on_step(self, state: TrainState, metrics: dict[str, float]) -> None:
         spent = time.monotonic() - self._begin
-        left = spent / max(state.step - self._first, 1) * (self._total - state.step)
-        self._bar.update(
-            1,
-            loss=f"{metrics['loss']:.4f}",
-            lr=f"{metrics['learning_rate']:.2e}",
-            samples_per_second=f"{metrics['samples_per_second']:.1f}",
-            left=f"{int(left) // 60}:{int(left) % 60:02d}",
-        )
+        left = int(spent / max(state.step - self._first, 1) * (self._total - state.step))
+        fields = {
+            "loss": f"{metrics['loss']:.4f}",
+            "lr": f"{metrics['learning_rate']:.2e}",
+            "samples/s": f"{metrics['samples_per_second']:.1f}",
+            "left": f"{left // 60}:{left % 60:02d}",
+        }
+        self._bar.update(1, **fields)
+        if not self.journal.interactive and spent - self._said >= PLAIN_SECONDS:
+            self._said = spent
+            words = ", ".join(f"{name} {value}" for name, value in fields.items())
+            self.journal.say(f"step {state.step} of {self._total}: {words}")
 
     def on_evaluate(self, state: TrainState, metrics: dict[str, float]) -> None:
         self.journal.say(f"step {state.step}: eval loss {metrics['eval_loss']:.4f}")
