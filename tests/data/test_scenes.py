@@ -49,9 +49,8 @@ def _truth(ask: str, cells: dict[str, str], *, reasons: str) -> str:
     match = re.fullmatch(r"Is there an? (.+)\?", ask)
     assert match is not None, ask
     said = "yes" if match[1] in cells.values() else "no"
-    return (
-        ", ".join(f"{cell} {cells[cell]}" for cell in scenes.CELLS if cell in cells) + f": {said}" if reasons else said
-    )
+    seen = ", ".join(f"{cell} {cells[cell]}" for cell in scenes.CELLS if cell in cells)
+    return f"{seen}: {said}" if reasons == "list" else said
 
 
 @needs_demo
