@@ -109,20 +109,46 @@ def load_datasets(recipe: Recipe, processor: Any, journal: Journal) -> Datasets:
 
 
 def fitting(samples: list[Sample], renderer: Renderer, journal: Journal, *, name: str) -> list[Sample]:
-    """With `over_length: drop` the rows that are short enough; else all of them, unread."""
-    if renderer.over_length != "drop":
+    """The rows that are trained on or answered: all of them, or with `over_length: drop` those short enough.
+
+    Every length is taken before training (no picture is decoded for it), so that a long row is not met hours later.
+    Raises DataError naming the longest rows with `over_length: error`, or when no row is left.
+    """
+    if renderer.over_length == "truncate_text":
         return samples
-    kept = [sample for sample in samples if renderer.fits(sample)]
-    journal.say(
-        f"{name}: dropped {len(samples) - len(kept)} of {len(samples)} rows longer than {renderer.max_length} tokens"
-    )
+    long: dict[int, int] = {}
+    with journal.progress(len(samples), f"{name}: lengths") as bar:
+        for index, sample in enumerate(samples):
+            length = renderer.length(sample)
+            if length > renderer.max_length:
+                long[index] = length
+            bar.update(1)
+    if renderer.over_length == "error":
+        _refuse_long(samples, long, renderer, name=name)
+        return samples
+    kept = [sample for index, sample in enumerate(samples) if index not in long]
+    journal.say(f"{name}: dropped {len(long)} of {len(samples)} rows longer than {renderer.max_length} tokens")
     if samples and not kept:
         raise DataError(
             f"all {len(samples)} rows of '{name}' are longer than {renderer.max_length} tokens",
             where="data.max_length",
+            allowed=f"data.max_length of at least {min(long.values())} keeps the shortest row",
             do="raise data.max_length, or set data.over_length: truncate_text",
         )
     return kept
+
+
+def _refuse_long(samples: list[Sample], long: dict[int, int], renderer: Renderer, *, name: str) -> None:
+    if not long:
+        return
+    worst = sorted(long, key=lambda index: -long[index])[:5]
+    rows = ", ".join(f"{samples[i].where or samples[i].id} ({long[i]} tokens)" for i in worst)
+    raise DataError(
+        f"{len(long)} of {len(samples)} rows of '{name}' are longer than {renderer.max_length} tokens: {rows}",
+        where="data.max_length",
+        allowed=f"at most {renderer.max_length} tokens, image tokens included; the longest row has {max(long.values())}",
+        do="raise data.max_length, or set data.over_length to drop or truncate_text",
+    )
 
 
 def _tell_bad(loaded: Loaded, journal: Journal) -> None:

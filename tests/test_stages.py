@@ -23,7 +23,9 @@ def samples(count: int) -> list[Sample]:
 
 
 def renderer(over_length: str, fitting: set[str]) -> Any:
-    return SimpleNamespace(over_length=over_length, max_length=7, fits=lambda sample: sample.id in fitting)
+    return SimpleNamespace(
+        over_length=over_length, max_length=7, length=lambda sample: 7 if sample.id in fitting else 8 + int(sample.id)
+    )
 
 
 def events(folder) -> list[dict[str, Any]]:
@@ -49,9 +51,18 @@ def test_good_rows_are_not_worth_a_word(tmp_path):
 def test_rows_are_dropped_only_where_the_recipe_says_so():
     journal = Journal(None, quiet=True)
     rows = samples(3)
-    assert stages.fitting(rows, renderer("error", set()), journal, name="train") is rows
+    assert stages.fitting(rows, renderer("error", {"0", "1", "2"}), journal, name="train") is rows
+    assert stages.fitting(rows, renderer("truncate_text", set()), journal, name="train") is rows
     kept = stages.fitting(rows, renderer("drop", {"0", "2"}), journal, name="train")
     assert [sample.id for sample in kept] == ["0", "2"]
+
+
+def test_every_long_row_is_known_before_training_and_the_longest_are_named():
+    with pytest.raises(DataError) as caught:
+        stages.fitting(samples(4), renderer("error", {"2"}), Journal(None, quiet=True), name="held")
+    what = caught.value.problems[0].what
+    assert what == "3 of 4 rows of 'held' are longer than 7 tokens: 3 (11 tokens), 1 (9 tokens), 0 (8 tokens)"
+    assert "the longest row has 11" in (caught.value.problems[0].allowed or "")
 
 
 def test_a_set_of_which_nothing_is_left_is_refused():

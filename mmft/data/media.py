@@ -71,6 +71,7 @@ def read_bytes(ref: MediaRef) -> bytes:
         raise DataError(
             f"the medium cannot be read: {error.strerror}",
             where=str(path),
+            allowed="a regular file that this user may read",
             do="check the file's rights, replace it or remove the row",
         ) from error
 
@@ -85,7 +86,12 @@ def _header(ref: MediaRef, max_pixels: int) -> Iterator[Image.Image]:
     """The picture with only its header read, after the checks of format and size."""
     name, data = media_name(ref), read_bytes(ref)
     if not data:
-        raise DataError("the picture is empty (0 bytes)", where=name, do="replace the file or remove the row")
+        raise DataError(
+            "the picture is empty (0 bytes)",
+            where=name,
+            allowed=f"a whole picture: {', '.join(FORMATS)}",
+            do="replace the file or remove the row",
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own bomb warning; ours below is the stricter check
@@ -100,7 +106,10 @@ def _header(ref: MediaRef, max_pixels: int) -> Iterator[Image.Image]:
                     )
                 if width < 1 or height < 1:
                     raise DataError(
-                        f"the picture is {width} x {height}", where=name, do="replace the file or remove the row"
+                        f"the picture is {width} x {height}",
+                        where=name,
+                        allowed="at least 1 x 1 pixels",
+                        do="replace the file or remove the row",
                     )
                 yield image
     except MmftError:
@@ -115,6 +124,7 @@ def _header(ref: MediaRef, max_pixels: int) -> Iterator[Image.Image]:
         raise DataError(
             f"the picture cannot be decoded: {type(error).__name__}: {error}",
             where=name,
+            allowed=f"a whole picture: {', '.join(FORMATS)}",
             do="replace the file or remove the row",
         ) from error
 

@@ -28,7 +28,9 @@ def read_rows(path: Path) -> Read:
         raise DataError(
             f"there is no data file '{path}'",
             where="data.train/eval[].path",
-            allowed=choices(sorted(siblings)[:20], word=path.name) if siblings else None,
+            allowed=choices(sorted(siblings)[:20], word=path.name)
+            if siblings
+            else f"a file ending in {', '.join(SUFFIXES)}, a folder of the datasets library, or shipped:NAME",
             do="give a path relative to the recipe file, or an absolute one",
         )
     if path.is_dir():

@@ -48,9 +48,9 @@ def _truth(ask: str, cells: dict[str, str], *, reasons: str) -> str:
         return next(cell for cell, name in cells.items() if name == match[1])
     match = re.fullmatch(r"Is there an? (.+)\?", ask)
     assert match is not None, ask
-    said = "yes" if match[1] in cells.values() else "no"
-    seen = ", ".join(f"{cell} {cells[cell]}" for cell in scenes.CELLS if cell in cells)
-    return f"{seen}: {said}" if reasons == "list" else said
+    if match[1] not in cells.values():
+        return "no"
+    return f"{match[1]}: yes" if reasons == "name" else "yes"
 
 
 @needs_demo
@@ -131,7 +131,7 @@ def test_an_evaluation_set_is_balanced(tmp_path: Path) -> None:
     rows = _read(path)
     assert all(len(row["messages"]) == 2 for row in rows)
     assert set(Counter((row["tags"]["type"], row["tags"]["concepts"]) for row in rows).values()) == {60}
-    answers = Counter(_turns(row)[0][1].split(": ")[1] for row in rows if row["tags"]["type"] == "is there")
+    answers = Counter(_turns(row)[0][1].split(": ")[-1] for row in rows if row["tags"]["type"] == "is there")
     assert set(answers) == {"yes", "no"}
     assert 40 <= answers["yes"] <= 80
 
