@@ -28,7 +28,7 @@ from mmft.engine.callbacks import Callback, MetricsWriter, Progress
 from mmft.engine.guards import Interrupted
 from mmft.engine.loop import Engine, TrainJob
 from mmft.engine.state import TrainState
-from mmft.errors import DataError, RecipeError, choices
+from mmft.errors import DataError, Problem, RecipeError, choices
 from mmft.files import sha256_bytes, to_json, write_json
 from mmft.journal import Journal
 from mmft.objectives.build import build_objective
@@ -142,12 +142,14 @@ def _refuse_long(samples: list[Sample], long: dict[int, int], renderer: Renderer
     if not long:
         return
     worst = sorted(long, key=lambda index: -long[index])[:5]
-    rows = ", ".join(f"{samples[i].where or samples[i].id} ({long[i]} tokens)" for i in worst)
     raise DataError(
-        f"{len(long)} of {len(samples)} rows of '{name}' are longer than {renderer.max_length} tokens: {rows}",
-        where="data.max_length",
-        allowed=f"at most {renderer.max_length} tokens, image tokens included; the longest row has {max(long.values())}",
-        do="raise data.max_length, or set data.over_length to drop or truncate_text",
+        Problem(
+            f"the row has {long[index]} tokens (one of {len(long)} over-long rows of {len(samples)} in '{name}')",
+            where=samples[index].where or f"id {samples[index].id}",
+            allowed=f"at most {renderer.max_length} tokens (data.max_length), image tokens included",
+            do="raise data.max_length, or set data.over_length to drop or truncate_text",
+        )
+        for index in worst
     )
 
 
