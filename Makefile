@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-methods lint bench bench-merge clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/bin/python:
@@ -16,7 +16,7 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --progress-bar off -e '.[demo,test,dev]'
+	$(BIN)/python -m pip install --quiet --progress-bar off -e '.[demo,test,dev,onnx,gguf]'
 	touch $@
 
 demo: $(VENV)/.demo  ## fine-tune the shipped model, merge, prove, report (an unfinished run goes on)
@@ -33,8 +33,17 @@ test: $(VENV)/.test lint  ## the ordinary tests, with line coverage
 test-slow: $(VENV)/.test  ## longer suites: memory of the merge at full size, kills of the demo
 	$(BIN)/python -m pytest tests -m slow -n 0
 
+test-methods: $(VENV)/.test  ## every adapter method on seven families, one table (about two minutes)
+	$(BIN)/python -m tests.adapters.matrix
+
+test-families: $(VENV)/.test  ## the proof of every model family of transformers (FAMILIES_JSON=file for the rows)
+	$(BIN)/python -m tests.families $(if $(FAMILIES_JSON),--json $(FAMILIES_JSON))
+
 bench: $(VENV)/.test  ## ratios against the plain path, measured in one run
 	$(BIN)/python tests/bench/bench.py
+
+bench-merge: $(VENV)/.test  ## memory and time of the merge against cp, 1.2 and 6 GB (needs 20 GB of disk)
+	$(BIN)/python tests/bench/bench_merge.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -12,18 +12,31 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = [
     "build_data",
+    "combine",
     "evaluate",
+    "export_model",
     "generate",
     "inspect",
     "merge",
     "plan",
     "preview",
+    "push",
     "report",
     "trace",
     "train",
     "validate",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`mmft.fit` (tables, texts, pictures and sounds in one classifier), imported when it is asked for."""
+    if name == "fit":
+        from mmft.fitting import fit
+
+        return fit
+    raise AttributeError(f"module 'mmft' has no attribute {name!r}")
+
 
 RecipeLike = str | Path | Mapping[str, Any]
 
@@ -87,14 +100,26 @@ def generate(
     return answer(model, question=question, image=image, which=which, base=base, max_new_tokens=max_new_tokens)
 
 
-def inspect(model: str, *, revision: str | None = None, targets: Sequence[str] = ()) -> dict[str, Any]:
-    """Parts, parameters and linear layers of a model, without reading its weights."""
+def inspect(
+    model: str | None,
+    *,
+    revision: str | None = None,
+    targets: Sequence[str] = (),
+    layers: str | None = None,
+    exclude: Sequence[str] = (),
+    adapter: str | Path | None = None,
+) -> dict[str, Any]:
+    """Parts, parameters and linear layers of a model (and of an adapter of it), without reading its weights.
+
+    `targets`, `layers` (`last:8`) and `exclude` show what an adapter with these settings would sit on. With an adapter
+    folder and no model, the base that the adapter names is taken.
+    """
     from mmft.quiet import quiet_upstream
 
     quiet_upstream()
     from mmft.backbones.inspect import inspect_model
 
-    return inspect_model(model, revision=revision, targets=tuple(targets))
+    return inspect_model(model, revision, tuple(targets), layers=layers, exclude=tuple(exclude), adapter=adapter)
 
 
 def plan(recipe: RecipeLike, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -147,6 +172,57 @@ def verify(base: str, adapter: str | Path, merged: str | Path) -> dict[str, Any]
     from mmft.prove import verify_folder_merge
 
     return verify_folder_merge(base, adapter, merged)
+
+
+def combine(
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    *,
+    weights: Sequence[float] | str | None = None,
+    method: str = "cat",
+    density: float | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Make one LoRA adapter folder of several of one base (peft's methods, streamed); returns the report."""
+    from mmft.quiet import quiet_upstream
+
+    quiet_upstream()
+    from mmft.adapters.combine import combine_adapters, read_weights
+
+    shares = read_weights(weights) if isinstance(weights, str) else weights
+    folders = [Path(folder) for folder in adapters]
+    found = combine_adapters(folders, Path(out), weights=shares, method=method, density=density, rank=rank, seed=seed)
+    return found.to_json()
+
+
+def export_model(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    to: str,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    layout: str | None = None,
+    base: str | Path | None = None,
+) -> dict[str, Any]:
+    """Write a run's result, a model or an adapter folder as `hf`, `onnx`, `gguf` or `adapter` (key layout) at `out`."""
+    from mmft.quiet import quiet_upstream
+
+    quiet_upstream()
+    from mmft.export.formats import export_folder
+
+    return export_folder(folder, out, to=to, dtype=dtype, max_shard_size=max_shard_size, layout=layout, base=base)
+
+
+def push(folder: str | Path, repo_id: str, *, private: bool = False) -> dict[str, Any]:
+    """Upload a run's result, a model or an adapter folder to the hub, with a model card made from the run."""
+    from mmft.quiet import quiet_upstream
+
+    quiet_upstream()
+    from mmft.export.hub import push_folder
+
+    return push_folder(folder, repo_id, private=private)
 
 
 def build_data(name: str, out: str | Path, *, rows: int | None = None) -> Path:

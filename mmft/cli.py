@@ -100,15 +100,27 @@ def trace(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, shipped:nano-vlm, or a model type such as qwen2_vl.")],
-    targets: Annotated[list[str] | None, typer.Option(help="Show what these adapter targets hit.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Folder, hub id, shipped:nano-vlm or a model type (qwen2_vl); else the adapter's base."),
+    ] = None,
+    targets: Annotated[
+        list[str] | None, typer.Option(help="Show what these adapter targets hit (again, or with commas).")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Only these layers: last:8, first:4, 0-3,7.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Leave out a part, part.sub or a glob over module names.")
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Describe this adapter folder by the model's parts.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub id.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Print the parts of a model with parameter counts, without loading weights."""
+    """Print the parts of a model with counts, and what targets hit or an adapter touches, without loading weights."""
     from mmft.summary import inspect_text
 
-    values = mmft.inspect(model, revision=revision, targets=targets or [])
+    values = mmft.inspect(
+        model, revision=revision, targets=targets or [], layers=layers, exclude=exclude or [], adapter=adapter
+    )
     _show(values, as_json=as_json, text=inspect_text(values))
 
 
@@ -172,6 +184,60 @@ def verify(
 
     values = mmft.verify(base, adapter, merged)
     _show(values, as_json=as_json, text=merge_text(values))
+
+
+@app.command()
+def combine(
+    adapters: Annotated[list[Path], typer.Argument(help="LoRA adapter folders of one base.")],
+    out: Annotated[Path, typer.Option(help="New adapter folder.")],
+    weights: Annotated[str | None, typer.Option(help="One number each, 0.7,0.3; 1/n each if not given.")] = None,
+    method: Annotated[str, typer.Option(help="cat (exact), svd, linear, ties, dare_ties, ties_svd, ...")] = "cat",
+    density: Annotated[float | None, typer.Option(help="Share of values that ties and dare keep.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Largest rank of a *svd result.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of dare.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Make one LoRA adapter of several, without their base."""
+    values = mmft.combine(adapters, out, weights=weights, method=method, density=density, rank=rank, seed=seed)
+    columns = ["adapter", "weight", "modules", "rank", "norm"]
+    rows = [[str(found["folder"]), *(f"{found[key]:.4g}" for key in columns[1:])] for found in values["adapters"]]
+    rows.append([str(out), "", *(f"{values[key]:.4g}" for key in ("modules", "rank", "norm"))])
+    clash = values["sign_conflicts"]
+    tail = f"\ndifference from the weighted sum: {values['difference']:.2%}"
+    tail += f"\nvalues with opposite signs: {clash:.2%}" if clash is not None else ""
+    _show(values, as_json=as_json, text=_table(f"{method} of {len(adapters)} adapters", columns, rows) + tail)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="Run, model or adapter folder.")],
+    to: Annotated[str, typer.Option(help="hf, onnx, gguf or adapter.")],
+    out: Annotated[Path, typer.Option(help="New folder.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; the folder's own if not given.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file (hf).")] = "5GB",
+    layout: Annotated[str | None, typer.Option(help="Key layout (adapter), for example transformers-4.51.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Base folder (adapter), where it is not the recorded one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model in another format: Hugging Face folder, ONNX, GGUF, or an adapter in another key layout."""
+    from mmft.summary import export_text
+
+    values = mmft.export_model(folder, out, to=to, dtype=dtype, max_shard_size=max_shard_size, layout=layout, base=base)
+    _show(values, as_json=as_json, text=export_text(values))
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Run, model or adapter folder.")],
+    repo_id: Annotated[str, typer.Argument(help="ORGANISATION/NAME on the hub.")],
+    private: Annotated[bool, typer.Option(help="Make the repository private.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a result to the hub, with a model card made from the run."""
+    values = mmft.push(folder, repo_id, private=private)
+    _show(values, as_json=as_json, text=values["url"])
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,17 +15,26 @@ from mmft.backbones.fingerprint import fingerprint
 from mmft.backbones.load import Backbone, load_backbone
 from mmft.backbones.quantize import quantized_names
 from mmft.data.collate import collate
+from mmft.data.pairs import PairRenderer
 from mmft.data.sample import Sample
 from mmft.evaluation.answers import PredictionStore
 from mmft.evaluation.generate import generate_answers
 from mmft.evaluation.report import write_report
 from mmft.evaluation.scores import score_records
+from mmft.export.formats import plain_base
 from mmft.export.full import save_full
 from mmft.export.merge import merge_adapter
 from mmft.export.verify import verify_merge
 from mmft.files import atomic_folder, write_json
+from mmft.pairing import (
+    compare_embeddings,
+    evaluate_pairs,
+    folder_section,
+    is_paired,
+    keep_scales,
+    retrieval_scores,
+)
 from mmft.recipe.load import recipe_digest
-from mmft.recipe.schema import ModelSection
 from mmft.runfolder import RunFolder, read_json
 from mmft.stages import Datasets, local_folder
 
@@ -51,6 +60,8 @@ def keep_trained(run: RunFolder, adapted: Adapted) -> None:
             base_fingerprint=fingerprint(base),
             recipe_digest=recipe_digest(run.recipe),
         )
+        if is_paired(run.recipe):
+            keep_scales(adapted, folder)
     run.journal.event("adapter", folder=str(run.adapter), digest=adapter_digest(run.adapter))
 
 
@@ -58,10 +69,10 @@ def restore_trained(run: RunFolder) -> Adapted:
     """The run's trained model, loaded from what `keep_trained` wrote."""
     recipe = run.recipe
     if recipe.adapter.method == "full":
-        trained = load_backbone(_folder_section(recipe.model, run.model))
+        trained = load_backbone(folder_section(recipe.model, run.model))
         return Adapted(trained.model, trained, (), "full", ())
     backbone = load_backbone(recipe.model, recipe.quantization)
-    return Adapted(load_adapter(backbone, run.adapter), backbone, (), "lora", ())
+    return Adapted(load_adapter(backbone, run.adapter), backbone, (), recipe.adapter.method, ())
 
 
 def export_stage(run: RunFolder, adapted: Adapted, datasets: Datasets) -> dict[str, Any]:
@@ -77,66 +88,81 @@ def export_stage(run: RunFolder, adapted: Adapted, datasets: Datasets) -> dict[s
             return stored
         # A run that was stopped between merge and proof starts the merge again.
         shutil.rmtree(run.merged)
-    base = local_folder(adapted.backbone)
-    quantized = quantized_names(adapted.backbone.model) if adapted.backbone.quantized else []
     run.journal.say(f"merge: onto {recipe.export.merge_onto}, tensor by tensor")
-    merge = merge_adapter(
-        base,
-        run.adapter,
-        run.merged,
-        onto=recipe.export.merge_onto if quantized else "base",
-        quantization=recipe.quantization if quantized else None,
-        quantized_modules=quantized,
-        dtype=recipe.export.dtype,
-        max_shard_size=recipe.export.max_shard_size,
-    )
     rows = _proof_rows(run, adapted.backbone, datasets)
-    was_training = adapted.model.training
-    adapted.model.eval()
-    proof = verify_merge(base, run.adapter, run.merged, rows=rows, adapter_model=adapted.model)
+    with plain_base(local_folder(adapted.backbone), run.merged) as base:
+        # A checkpoint that is stored quantized is merged onto the weights it computes with.
+        here = adapted.backbone.quantized and base == adapted.backbone.folder
+        quantized = quantized_names(adapted.backbone.model) if here else []
+        merge = merge_adapter(
+            base,
+            run.adapter,
+            run.merged,
+            onto=recipe.export.merge_onto if quantized else "base",
+            quantization=recipe.quantization if quantized else None,
+            quantized_modules=quantized,
+            dtype=recipe.export.dtype,
+            max_shard_size=recipe.export.max_shard_size,
+        )
+        was_training = adapted.model.training
+        adapted.model.eval()
+        proof = verify_merge(base, run.adapter, run.merged, rows=rows, adapter_model=adapted.model)
+    values = {**merge.to_json(), "folder": str(run.merged), "proof": proof.to_json()}
+    if isinstance(datasets.renderer, PairRenderer):
+        chosen = next(iter(datasets.evals.values()), datasets.train)[: recipe.export.verify_rows]
+        values["proof"]["embeddings"] = compare_embeddings(run, adapted, chosen, datasets.renderer)
     if was_training:
         set_modes(adapted)
-    values = {**merge.to_json(), "folder": str(run.merged), "proof": proof.to_json()}
     write_json(run.merge_report, values)
     return values
 
 
 def _proof_rows(run: RunFolder, backbone: Backbone, datasets: Datasets) -> list[dict[str, torch.Tensor]]:
-    """Real evaluation rows (training rows where there are none), a batch each."""
+    """Real evaluation rows (training rows where there are none), a batch each; pairs are compared by embeddings."""
+    if isinstance(datasets.renderer, PairRenderer):
+        return []
     samples: list[Sample] = next(iter(datasets.evals.values()), datasets.train)[: run.recipe.export.verify_rows]
     dtype = getattr(torch, run.recipe.model.dtype)
     rows = []
     for sample in samples:
-        batch = collate([datasets.renderer.render(sample)], pad_token_id=backbone.pad_token_id)
+        batch = collate([datasets.chat.render(sample)], pad_token_id=backbone.pad_token_id)
         inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.inputs.items()}
         rows.append({**inputs, "labels": batch.labels})
     return rows
 
 
 def evaluate_stage(run: RunFolder, adapted: Adapted, datasets: Datasets) -> None:
-    """Answers of every model to every evaluation row, written to `predictions.jsonl`.
+    """Answers of every model to every evaluation row, written to `predictions.jsonl` (pairs: `retrieval.json`).
 
     Base and adapter are the loaded model with the adapter off and on; the merged model is read back from its folder.
     """
-    recipe = run.recipe
     if not datasets.evals:
         return
+    if isinstance(datasets.renderer, PairRenderer):
+        evaluate_pairs(run, _models(run, adapted), datasets.evals, datasets.renderer)
+        return
     store = PredictionStore()
+    for which, model, backbone in _models(run, adapted):
+        _answer_all(run, store, which, model, backbone, datasets)
+    store.write(run.predictions)
+
+
+def _models(run: RunFolder, adapted: Adapted) -> Iterator[tuple[str, Any, Backbone]]:
+    """(name, model, backbone) of each model the recipe names; at most one beside the trained one is in memory."""
+    recipe = run.recipe
     for which in recipe.evaluate.models:
         if which == "adapter":
-            _answer_all(run, store, which, adapted.model, adapted.backbone, datasets)
-        elif which == "base" and adapted.method == "lora":
+            yield which, adapted.model, adapted.backbone
+        elif which == "base" and adapted.switches:
             with adapted.model.disable_adapter():
-                _answer_all(run, store, which, adapted.model, adapted.backbone, datasets)
-        else:
-            if which == "merged" and not run.merged.is_dir():
-                continue
-            section = recipe.model if which == "base" else _folder_section(recipe.model, run.merged)
-            other = load_backbone(section, device=next(adapted.model.parameters()).device)
-            _answer_all(run, store, which, other.model, other, datasets)
+                yield which, adapted.model, adapted.backbone
+        elif which != "merged" or run.merged.is_dir():
+            section = recipe.model if which == "base" else folder_section(recipe.model, run.merged)
+            bits = recipe.quantization if which == "base" else None
+            other = load_backbone(section, bits, device=next(adapted.model.parameters()).device)
+            yield which, other.model, other
             del other
             gc.collect()
-    store.write(run.predictions)
 
 
 def _answer_all(
@@ -149,7 +175,7 @@ def _answer_all(
             answers = generate_answers(
                 model,
                 backbone.processor,
-                datasets.renderer,
+                datasets.chat,
                 samples,
                 batch_size=evaluate.per_device_eval_batch_size,
                 max_new_tokens=evaluate.max_new_tokens,
@@ -177,13 +203,11 @@ def report_stage(run: RunFolder, merge: dict[str, Any]) -> dict[str, Any]:
             bootstrap_samples=recipe.evaluate.bootstrap_samples,
             seed=recipe.train.seed,
         )
+    if is_paired(recipe):
+        report |= retrieval_scores(run)
     report["complete"] = True
     write_json(run.report, report)
     page = write_report(run.path, report)
     report["page"] = str(page.resolve())
     write_json(run.report, report)
     return report
-
-
-def _folder_section(section: ModelSection, folder: Path) -> ModelSection:
-    return section.model_copy(update={"name_or_path": str(folder), "revision": None})

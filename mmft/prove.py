@@ -9,6 +9,7 @@ from typing import Any
 from mmft.adapters.store import CONFIG, check_base, read_sidecar
 from mmft.backbones.load import load_backbone, meta_backbone, resolve_model
 from mmft.errors import AdapterError, BackboneError, ExportError, RecipeError
+from mmft.export.formats import plain_base
 from mmft.export.merge import merge_adapter
 from mmft.export.verify import verify_merge
 from mmft.files import read_json_file
@@ -47,8 +48,9 @@ def merge_folder(
     source = base_folder(base or base_of(folder))
     if (sidecar := read_sidecar(folder)) is not None:
         check_base(meta_backbone(ModelSection(name_or_path=str(source))), sidecar, folder)
-    report = merge_adapter(source, folder, Path(out), onto="base")
-    proof = verify_merge(source, folder, Path(out))
+    with plain_base(source, Path(out)) as plain:
+        report = merge_adapter(plain, folder, Path(out), onto="base")
+        proof = verify_merge(plain, folder, Path(out))
     return {**report.to_json(), "folder": str(out), "proof": proof.to_json()}
 
 
@@ -72,7 +74,8 @@ def _merge_run(folder: Path, *, base: str | None, out: str | Path | None, onto: 
 
 def verify_folder_merge(base: str, adapter: str | Path, merged: str | Path) -> dict[str, Any]:
     """Prove `merged == base + adapter` tensor by tensor; raises ExportError when it is not."""
-    proof = verify_merge(base_folder(base), Path(adapter), Path(merged))
+    with plain_base(base_folder(base), Path(merged)) as plain:
+        proof = verify_merge(plain, Path(adapter), Path(merged))
     return {"folder": str(merged), "proof": proof.to_json()}
 
 

@@ -9,9 +9,10 @@ from typing import Any
 from mmft.adapters.build import build_adapters
 from mmft.backbones.load import load_backbone
 from mmft.outcome import evaluate_stage, export_stage, keep_trained, report_stage, restore_trained
+from mmft.pairing import free_scales
 from mmft.recipe.load import load_recipe
 from mmft.runfolder import find_run, open_run, read_json
-from mmft.stages import load_datasets, make_accelerator, train_stage
+from mmft.stages import calibration, load_datasets, make_accelerator, train_stage
 
 
 def train(
@@ -35,9 +36,11 @@ def train(
             run.journal.say(f"{run.path} is complete; nothing was left to do")
             return done
         backbone = load_backbone(loaded.model, loaded.quantization, device=accelerator.device)
-        adapted = build_adapters(backbone, loaded.adapter, seed=loaded.train.seed)
-        run.journal.table("trained", ["part", "what", "mode", "modules", "parameters"], adapted.table())
         datasets = load_datasets(loaded, backbone.processor, run.journal)
+        seen = calibration(loaded, backbone, datasets)
+        adapted = build_adapters(backbone, loaded.adapter, seed=loaded.train.seed, calibration=seen)
+        adapted = free_scales(adapted, loaded)
+        run.journal.table("trained", ["part", "what", "mode", "modules", "parameters"], adapted.table())
         train_stage(run, adapted, datasets, accelerator, resume=resume)
         report: dict[str, Any] = {}
         if accelerator.is_main_process:

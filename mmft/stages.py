@@ -16,12 +16,15 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from mmft.adapters.build import Adapted
+from mmft.adapters.store import adapter_digest
 from mmft.backbones.fingerprint import fingerprint
 from mmft.backbones.load import Backbone
 from mmft.data.audit import audit
 from mmft.data.audit import fingerprint as fingerprint_samples
+from mmft.data.collate import collate
 from mmft.data.formats import Loaded, load_many, source_name
-from mmft.data.order import StepPlan
+from mmft.data.order import StepPlan, epoch_order
+from mmft.data.pairs import PairRenderer, merge_pairs
 from mmft.data.render import Renderer
 from mmft.data.sample import Sample
 from mmft.engine.callbacks import Callback, MetricsWriter, Progress
@@ -32,11 +35,13 @@ from mmft.errors import DataError, Problem, RecipeError, choices
 from mmft.files import sha256_bytes, to_json, write_json
 from mmft.journal import Journal
 from mmft.objectives.build import build_objective
+from mmft.pairing import check_dialects, is_paired, make_pair_renderer
 from mmft.recipe.load import recipe_digest
 from mmft.recipe.schema import Recipe, TrainSection
 from mmft.runfolder import RunFolder, read_json, versions
 
 COLLECTIVE_TIMEOUT = timedelta(hours=6)  # ranks wait in a barrier while rank 0 evaluates
+CALIBRATION_BATCHES = 16
 SAMPLED_ROWS = 32  # rows that are rendered before training, to look at where their answers end
 
 
@@ -46,8 +51,15 @@ class Datasets:
 
     train: list[Sample]
     evals: dict[str, list[Sample]]
-    renderer: Renderer
+    renderer: Renderer | PairRenderer
     fingerprint: str
+
+    @property
+    def chat(self) -> Renderer:
+        """The renderer of conversations. Raises RecipeError for a run on pairs."""
+        if isinstance(self.renderer, PairRenderer):
+            raise _only_sft()
+        return self.renderer
 
 
 def make_accelerator(section: TrainSection) -> Accelerator:
@@ -77,7 +89,9 @@ def make_accelerator(section: TrainSection) -> Accelerator:
 
 
 def make_renderer(recipe: Recipe, processor: Any) -> Renderer:
-    """The renderer a recipe asks for."""
+    """The renderer of conversations a recipe asks for. Raises RecipeError for a run on pairs."""
+    if is_paired(recipe):
+        raise _only_sft()
     data = recipe.data
     return Renderer(
         processor,
@@ -88,27 +102,43 @@ def make_renderer(recipe: Recipe, processor: Any) -> Renderer:
     )
 
 
+def _only_sft() -> RecipeError:
+    return RecipeError(
+        "this looks at conversations, and the recipe learns from pairs",
+        where="objective.name: contrastive",
+        allowed="objective.name: sft",
+        do="run mmft train, which reads and checks the pairs",
+    )
+
+
 def load_datasets(recipe: Recipe, processor: Any, journal: Journal) -> Datasets:
     """Read and check all rows; what is left out is counted and named in the journal.
 
     Raises DataError with the first causes by file:line, or when every row of a set is too long.
     """
     data, seed = recipe.data, recipe.train.seed
-    renderer = make_renderer(recipe, processor)
+    renderer = make_pair_renderer(recipe, processor) if is_paired(recipe) else make_renderer(recipe, processor)
     loaded = load_many(data.train, data, seed)
-    train = fitting([sample for one in loaded for sample in one.samples], renderer, journal, name="train")
+    train = fitting(_rows(recipe, loaded), renderer, journal, name="train")
     evals: dict[str, list[Sample]] = {}
     for source, one in zip(data.eval, load_many(data.eval, data, seed), strict=True):
         loaded.append(one)
         name = source_name(source)
-        evals.setdefault(name, []).extend(fitting(one.samples, renderer, journal, name=name))
+        evals.setdefault(name, []).extend(fitting(_rows(recipe, [one]), renderer, journal, name=name))
     for one in loaded:
         _tell_bad(one, journal)
-    _warn_unstopped(train, renderer, journal)
+    if isinstance(renderer, Renderer):
+        _warn_unstopped(train, renderer, journal)
     return Datasets(train, evals, renderer, fingerprint_samples(train))
 
 
-def fitting(samples: list[Sample], renderer: Renderer, journal: Journal, *, name: str) -> list[Sample]:
+def _rows(recipe: Recipe, loaded: list[Loaded]) -> list[Sample]:
+    check_dialects(recipe, loaded)
+    samples = [sample for one in loaded for sample in one.samples]
+    return merge_pairs(samples) if is_paired(recipe) else samples
+
+
+def fitting(samples: list[Sample], renderer: Renderer | PairRenderer, journal: Journal, *, name: str) -> list[Sample]:
     """The rows that are trained on or answered: all of them, or with `over_length: drop` those short enough.
 
     Every length is taken before training (no picture is decoded for it), so that a long row is not met hours later.
@@ -138,7 +168,7 @@ def fitting(samples: list[Sample], renderer: Renderer, journal: Journal, *, name
     return kept
 
 
-def _refuse_long(samples: list[Sample], long: dict[int, int], renderer: Renderer, *, name: str) -> None:
+def _refuse_long(samples: list[Sample], long: dict[int, int], renderer: Renderer | PairRenderer, *, name: str) -> None:
     if not long:
         return
     worst = sorted(long, key=lambda index: -long[index])[:5]
@@ -174,6 +204,23 @@ def _warn_unstopped(samples: list[Sample], renderer: Renderer, journal: Journal)
         )
 
 
+def calibration(recipe: Recipe, backbone: Backbone, datasets: Datasets) -> list[dict[str, torch.Tensor]] | None:
+    """Training batches in the order of the seed, on the model's device: what a data-driven start (EVA) looks at."""
+    if recipe.adapter.init_lora_weights != "eva":
+        return None
+    rows, device, dtype = len(datasets.train), next(backbone.model.parameters()).device, backbone.model.dtype
+    size = min(recipe.train.per_device_train_batch_size, rows)
+    order = epoch_order(rows, seed=recipe.train.seed, epoch=0)[: size * CALIBRATION_BATCHES]
+    found = []
+    for start in range(0, len(order) - size + 1, size):
+        rendered = [datasets.chat.render(datasets.train[row]) for row in order[start : start + size]]
+        inputs = collate(rendered, pad_token_id=backbone.pad_token_id).inputs
+        found.append(
+            {key: (value.to(dtype) if value.is_floating_point() else value).to(device) for key, value in inputs.items()}
+        )
+    return found
+
+
 def plan_steps(recipe: Recipe, rows: int, world: int) -> tuple[StepPlan, int]:
     """Rows of every step, and how many steps. Raises RecipeError when the batch does not divide over the processes."""
     section = recipe.train
@@ -197,7 +244,9 @@ def plan_steps(recipe: Recipe, rows: int, world: int) -> tuple[StepPlan, int]:
 def identity(recipe: Recipe, backbone: Backbone, datasets: Datasets, plan: StepPlan) -> dict[str, str]:
     """Digests of what a resumed run must share with the run it goes on with."""
     base = fingerprint(backbone.folder) if backbone.folder is not None else {"name": backbone.name}
+    start = recipe.adapter.init_from
     return {
+        **({"init_from": adapter_digest(Path(start).expanduser())} if start else {}),
         "recipe": recipe_digest(recipe),
         "base": sha256_bytes(to_json(base).encode()),
         "data": datasets.fingerprint,

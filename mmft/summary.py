@@ -87,18 +87,71 @@ def _difference(outputs: dict[str, Any]) -> str:
     )
 
 
+def export_text(values: dict[str, Any]) -> str:
+    """Where the export is, its files, and what was checked or is missing."""
+    lines = [f"{values['format']}: {values['folder']}", *(f"  {name}" for name in values["files"])]
+    for name, graph in values.get("graphs", {}).items():
+        lines.append(
+            f"{name}: onnxruntime differs from torch by at most {graph['max_difference']:.2e} "
+            f"({graph['relative']:.1e} of the largest value, allowed {values['tolerance']:.0e})"
+        )
+    if "architecture" in values:
+        count = values["tensors"] + values.get("mmproj_tensors", 0)
+        lines.append(f"{count} tensors of {values['architecture']} as {values['type']}, all read back equal")
+    return "\n".join([*lines, *(f"note: {note}" for note in values.get("notes", []))])
+
+
 def inspect_text(values: dict[str, Any]) -> str:
-    """Parts with counts, then the linear layers that the given targets hit."""
-    rows = [
-        [name, f"{part['parameters']:,}", str(len(part["linears"])), ", ".join(part["modules"][:4])]
-        for name, part in values["parts"].items()
-        if part["parameters"] or part["modules"]
-    ]
-    lines = [f"{values['model_type']}: {values['parameters']:,} parameters"]
-    lines += grid(["part", "parameters", "linears", "modules"], rows)
+    """The tree of parts with counts, then the linear layers that the given targets hit and what an adapter touches."""
+    lines = [f"{values['model_type']} ({values['class']}): {values['parameters']:,} parameters"]
+    rows: list[list[str]] = []
+    for name, part in values["parts"].items():
+        modules = sum(sub["modules"] for sub in part["subparts"].values())
+        where = _collapsed(part["modules"])
+        tops = ", ".join(where[:3]) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
+        rows.append([name, f"{part['parameters']:,}", str(modules), str(len(part["linears"])), tops])
+        for sub, one in part["subparts"].items():
+            rows.append([f"  .{sub}", f"{one['parameters']:,}", str(one["modules"]), str(one["linears"]), ""])
+    lines += grid(["part", "parameters", "modules", "linears", "where"], rows)
     if values.get("targets"):
-        lines += ["", f"targets hit {len(values['targets'])} linear layers:", *values["targets"]]
+        lines += ["", f"targets hit {len(values['targets'])} linear layers:", *_listed(values["targets"])]
+    if values.get("experts"):
+        lines += ["", f"and {len(values['experts'])} stacked expert weights:", *_listed(values["experts"])]
+    if values.get("adapter"):
+        lines += ["", *_adapter_lines(values["adapter"])]
     return "\n".join(lines)
+
+
+def _adapter_lines(adapter: dict[str, Any]) -> list[str]:
+    ranks = ", ".join(map(str, adapter["ranks"]))
+    lines = [f"adapter {adapter['folder']}: {adapter['method']}{f' of rank {ranks}' if ranks else ''}"]
+    lines[0] += f", {adapter['parameters']:,} parameters"
+    rows: list[list[str]] = []
+    for name, part in adapter["parts"].items():
+        rank = ", ".join(map(str, part["ranks"])) or "-"
+        where = _collapsed(part["modules"])
+        shown = ", ".join(where[:3]) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
+        rows.append([name, f"{part['parameters']:,}", str(len(part["modules"])), rank, shown])
+        for sub, one in part["subparts"].items():
+            rows.append([f"  .{sub}", f"{one['parameters']:,}", str(one["modules"]), "", ""])
+    lines += grid(["part", "parameters", "modules", "rank", "where"], rows)
+    if adapter["prompt"]:
+        lines.append(f"learned prompts: {adapter['prompt']:,} parameters")
+    return lines + [f"WARNING: {text}" for text in adapter["warnings"]]
+
+
+def _listed(names: list[str]) -> list[str]:
+    """A few names one by one, many of them collapsed."""
+    return names if len(names) <= 40 else _collapsed(names)
+
+
+def _collapsed(names: list[str]) -> list[str]:
+    """Names with their numbers starred and how often: `layers.*.mlp.fc1 x24`; a name that stands alone as it is."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        starred = ".".join("*" if step.isdigit() else step for step in name.split("."))
+        groups.setdefault(starred, []).append(name)
+    return [held[0] if len(held) == 1 else f"{starred} x{len(held)}" for starred, held in groups.items()]
 
 
 def plan_text(values: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from tests.runs import (
 )
 
 VERBS = ("train", "validate", "plan", "preview", "trace", "inspect", "generate", "evaluate", "report", "merge")
-VERBS += ("verify", "data")
+VERBS += ("verify", "data", "combine", "export", "push")
 HEAVY = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "matplotlib", "numpy")
 MEASURED = """
 import json, resource, sys

@@ -34,12 +34,14 @@ FLOORS = {
     "recipe": 1,
     "backbones": 2,
     "data": 2,
+    "fusion": 2,
     "adapters": 3,
     "objectives": 3,
     "engine": 4,
     "evaluation": 4,
     "export": 4,
     "runfolder": 5,
+    "pairing": 5,
     "stages": 5,
     "outcome": 5,
     "run": 5,
@@ -48,6 +50,7 @@ FLOORS = {
     "answer": 5,
     "prove": 5,
     "summary": 5,
+    "fitting": 5,
     "cli": 6,
     "__main__": 6,
     "__init__": 6,
@@ -69,11 +72,13 @@ FIELDS = {
     "model": "name_or_path revision model_type dtype attn_implementation",
     "quantization": "load_in_4bit load_in_8bit bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_4bit_compute_dtype"
     " parts",
-    "adapter": "method targets lora_rank lora_alpha lora_dropout use_rslora parts",
+    "adapter": "method targets layers exclude lora_rank lora_alpha lora_dropout use_rslora use_dora init_lora_weights"
+    " loraplus_lr_ratio oft_block_size num_virtual_tokens bottleneck_size bottleneck_placement modules_to_save"
+    " init_from parts",
     "adapter.parts.*": "mode lora_rank lora_alpha learning_rate",
     "data": "train eval max_length over_length system supervise max_image_pixels max_bad_fraction",
     "data.train.*": "path name format media_root num_samples columns",
-    "objective": "name label_smoothing_factor",
+    "objective": "name label_smoothing_factor loss captions_per_image train_logit_scale",
     "train": "output_dir seed per_device_train_batch_size gradient_accumulation_steps effective_batch_size"
     " num_train_epochs max_steps learning_rate lr_scheduler_type warmup_ratio weight_decay adam_beta1 adam_beta2"
     " adam_epsilon max_grad_norm bf16 gradient_checkpointing logging_steps eval_steps save_steps save_total_limit"

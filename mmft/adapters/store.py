@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from mmft.adapters.build import Adapted
-from mmft.backbones.fingerprint import digest, fingerprint
+from mmft.adapters.folder import (
+    CONFIG,
+    SIDECAR,
+    TRAINED,
+    WEIGHTS,
+    check_base,
+    put_tensors,
+    put_weights,
+    read_config,
+    read_sidecar,
+    read_tensors,
+    refuse_non_finite,
+    unfit,
+)
+from mmft.adapters.naming import names_as_given
+from mmft.adapters.ranks import settle_ranks
+from mmft.adapters.starts import as_plain_lora
+from mmft.backbones.fingerprint import digest
 from mmft.backbones.load import Backbone
 from mmft.errors import AdapterError
 from mmft.files import sha256_bytes, sha256_file, write_json
+from mmft.recipe.methods import METHODS
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-TRAINED = "trained_weights.safetensors"
-"""Method `full`: the trained weights of the base, by their names in the model."""
-SIDECAR = "mmft_adapter.json"
+__all__ = [
+    "CONFIG",
+    "SIDECAR",
+    "TRAINED",
+    "WEIGHTS",
+    "adapter_digest",
+    "check_base",
+    "load_adapter",
+    "load_adapters",
+    "read_sidecar",
+    "save_adapter",
+]
 _SIDECAR_FORMAT = 1
 
 
@@ -35,24 +59,23 @@ def save_adapter(
 ) -> None:
     """Write the adapter into `folder` (made if missing), with modes by umask. Plain peft loads the result.
 
-    The caller makes the folder atomic. With method `full` the trained weights are written, under the model's names.
-    Raises AdapterError when a tensor is not finite.
+    The caller makes the folder atomic. With the methods `full` and `bitfit` the trained weights are written, under
+    the model's names; `model.load_state_dict(load_file(...), strict=False)` of plain transformers loads them. An
+    adapter that started from a part of the weights (`pissa`, `olora`) is written as an ordinary LoRA of twice the
+    rank for the base as it is. Raises AdapterError when a tensor is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if adapted.method == "full":
+    if METHODS[adapted.method].peft is None:
         tensors = {name: value.detach() for name, value in adapted.trainable().items()}
         file = TRAINED
     else:
-        tensors, file = _peft_tensors(adapted.model), WEIGHTS
-        config = adapted.model.peft_config["default"]
-        kept = config.base_model_name_or_path, config.inference_mode
+        settle_ranks(adapted.model)
+        tensors, config = as_plain_lora(adapted.model)
+        file = WEIGHTS
         config.base_model_name_or_path, config.inference_mode = base_name, True
-        try:
-            config.save_pretrained(str(folder))
-        finally:
-            config.base_model_name_or_path, config.inference_mode = kept
-    _refuse_non_finite(tensors, folder / file)
-    plain = {name: value.contiguous().cpu() for name, value in sorted(tensors.items())}
+        config.save_pretrained(str(folder))
+    refuse_non_finite(tensors, folder / file)
+    plain = {name: value.detach().cpu().clone().contiguous() for name, value in sorted(tensors.items())}
     save_file(plain, folder / file, metadata={"format": "pt"})
     write_json(
         folder / SIDECAR,
@@ -73,65 +96,57 @@ def save_adapter(
 
 
 def load_adapter(backbone: Backbone, folder: Path) -> Any:
-    """The backbone's model with the adapter of `folder` on it, frozen and in eval mode: a PeftModel (`full`: the
-    model itself with its trained weights replaced).
+    """The backbone's model with the adapter of `folder` on it, frozen and in eval mode: a PeftModel (`full` and
+    `bitfit`: the model itself with its trained weights replaced).
 
     Raises AdapterError when the folder is no adapter, was trained on another base, holds missing, unexpected or
     misshapen tensors, or a value that is not finite. A plain peft folder, without a fingerprint, is accepted.
     """
     sidecar = read_sidecar(folder)
-    if sidecar is not None:
+    if sidecar is not None and (method := METHODS.get(str(sidecar.get("method")))) and method.peft is None:
         check_base(backbone, sidecar, folder)
-        if sidecar.get("method") == "full":
-            return _load_full(backbone, folder)
-    config = _lora_config(folder)
-    tensors = _read(folder / WEIGHTS)
-    from peft import get_peft_model, set_peft_model_state_dict
+        put_weights(backbone.model, read_tensors(folder / TRAINED), folder)
+        return backbone.model.eval()
+    return load_adapters(backbone, {"default": folder})
 
-    try:
-        model: Any = get_peft_model(backbone.model, config)
-    except (ValueError, TypeError, KeyError) as error:
-        raise _unfit(folder, str(error)) from error
-    _compare(set(tensors), set(_peft_tensors(model)), folder / WEIGHTS)
-    try:
-        set_peft_model_state_dict(model, tensors)
-    except RuntimeError as error:
-        raise _unfit(folder, str(error)) from error
+
+def load_adapters(backbone: Backbone, folders: Mapping[str, Path]) -> Any:
+    """One model with several adapters by name, frozen and in eval mode; the first one is active.
+
+    `model.set_adapter(name)` switches, `with model.disable_adapter()` gives the base. All must be of one peft type;
+    prompts and prefixes do not share a model. Raises AdapterError as `load_adapter` does.
+    """
+    from peft import get_peft_model
+
+    model: Any = None
+    for name, folder in folders.items():
+        sidecar = read_sidecar(folder)
+        if sidecar is not None:
+            check_base(backbone, sidecar, folder)
+            if (known := METHODS.get(str(sidecar.get("method")))) and known.peft is None:
+                raise AdapterError(
+                    f"{folder} holds weights of the base (method {sidecar['method']}), which replace each other",
+                    where=str(folder),
+                    do="load it alone",
+                )
+        config = read_config(folder)
+        tensors = read_tensors(folder / WEIGHTS)
+        try:
+            # An adapter without our sidecar may carry the names of transformers 4, which peft converts.
+            with nullcontext() if sidecar is None else names_as_given(backbone.model, config):
+                if model is None:
+                    model = get_peft_model(backbone.model, config, adapter_name=name)
+                else:
+                    model.add_adapter(name, config)
+        except (ValueError, TypeError, KeyError) as error:
+            raise unfit(folder, str(error)) from error
+        put_tensors(model, tensors, folder, name=name)
+    if model is None:
+        raise AdapterError("no adapter folder is given", do="give one or more")
+    if len(folders) > 1:
+        model.set_adapter(next(iter(folders)))
     model.requires_grad_(False)
     return model.eval()
-
-
-def read_sidecar(folder: Path) -> dict[str, Any] | None:
-    """`mmft_adapter.json`, or None for an adapter of another tool. Raises AdapterError when it cannot be read."""
-    path = folder / SIDECAR
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(
-            f"{SIDECAR} cannot be read: {error}", where=str(path), do="copy the adapter again"
-        ) from error
-    if not isinstance(found, dict) or not isinstance(found.get("base_fingerprint"), dict):
-        raise AdapterError(f"{SIDECAR} has no base_fingerprint", where=str(path), do="copy the adapter again")
-    return found
-
-
-def check_base(backbone: Backbone, sidecar: dict[str, Any], folder: Path) -> None:
-    """Raises AdapterError with both digests when the backbone is not the one that the adapter was trained on."""
-    if backbone.folder is None:
-        return
-    expected: dict[str, str] = sidecar["base_fingerprint"]
-    actual = fingerprint(backbone.folder)
-    if expected == actual:
-        return
-    differing = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
-    raise AdapterError(
-        f"this adapter was trained on another base than {backbone.name}: {', '.join(differing[:5])} differ",
-        where=str(folder),
-        allowed=f"base {sidecar.get('base_name')} with digest {digest(expected)}, not {digest(actual)}",
-        do="load it onto the base it was trained on (same revision, unchanged files)",
-    )
 
 
 def adapter_digest(folder: Path) -> str:
@@ -140,98 +155,3 @@ def adapter_digest(folder: Path) -> str:
     if not lines:
         raise AdapterError(f"{folder} holds no adapter", where=str(folder), do=f"give a folder with {CONFIG}")
     return sha256_bytes("\n".join(lines).encode())
-
-
-def _peft_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """The adapter's tensors under the names of a peft file."""
-    from peft import get_peft_model_state_dict
-
-    # "auto" would ask the hub whether the vocabulary has grown.
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
-
-
-def _lora_config(folder: Path) -> Any:
-    from peft import LoraConfig
-
-    path = folder / CONFIG
-    if not path.is_file():
-        raise AdapterError(
-            f"{folder} holds no {CONFIG}", where=str(folder), do="give the adapter folder of a run (RUN/adapter)"
-        )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        kind = raw.get("peft_type")
-        if kind != "LORA":
-            raise AdapterError(
-                f"adapters of type {kind} cannot be loaded",
-                where=str(path),
-                allowed="LORA",
-                do="train a LoRA adapter, or load this one with peft itself",
-            )
-        config: Any = LoraConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{CONFIG} cannot be read: {error}", where=str(path), do="copy the adapter again") from error
-    config.inference_mode = True
-    config.init_lora_weights = True
-    return config
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        pickled = path.with_name("adapter_model.bin").exists()
-        raise AdapterError(
-            f"{path.name} is missing" + (" (a pickled adapter_model.bin is not read)" if pickled else ""),
-            where=str(path.parent),
-            allowed=path.name,
-            do="save the adapter as safetensors",
-        )
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{path.name} is damaged: {error}", where=str(path), do="copy the adapter again") from error
-    _refuse_non_finite(tensors, path)
-    return tensors
-
-
-def _refuse_non_finite(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    bad = [name for name, value in sorted(tensors.items()) if not bool(torch.isfinite(value).all())]
-    if bad:
-        raise AdapterError(
-            f"{len(bad)} tensors hold NaN or infinity: {', '.join(bad[:5])}",
-            where=str(path),
-            do="use an earlier checkpoint",
-        )
-
-
-def _compare(found: set[str], expected: set[str], path: Path) -> None:
-    for what, names in (("missing", expected - found), ("unexpected", found - expected)):
-        if names:
-            raise AdapterError(
-                f"{len(names)} tensors are {what}: {', '.join(sorted(names)[:5])}",
-                where=str(path),
-                allowed=f"the {len(expected)} tensors that {CONFIG} describes on this base",
-                do="use the base the adapter was trained on, and a complete copy of the adapter",
-            )
-
-
-def _unfit(folder: Path, text: str) -> AdapterError:
-    first = next((line.strip() for line in text.splitlines()[1:] if line.strip()), text.strip())[:300]
-    return AdapterError(
-        f"the adapter does not fit this base: {first}",
-        where=str(folder),
-        do="load it onto the base it was trained on",
-    )
-
-
-def _load_full(backbone: Backbone, folder: Path) -> Any:
-    tensors = _read(folder / TRAINED)
-    weights = dict(backbone.model.named_parameters(remove_duplicate=False))
-    unexpected = sorted(set(tensors) - set(weights))
-    if unexpected:
-        _compare(set(tensors), set(tensors) - set(unexpected), folder / TRAINED)
-    with torch.no_grad():
-        for name, value in tensors.items():
-            if weights[name].shape != value.shape:
-                raise _unfit(folder, f"{name} is {tuple(value.shape)}, not {tuple(weights[name].shape)}")
-            weights[name].copy_(value)
-    return backbone.model.eval()

@@ -1,30 +1,56 @@
-"""A backbone: config, weights (safetensors only) and processor of any vision-language model of transformers.
+"""A backbone: config, weights (safetensors only) and processor of any vision-language model, dual encoder,
+encoder-decoder or encoder of transformers.
+
+A model that writes text about pictures or sound must come with a processor; any other may have a processor, a
+tokenizer, an image processor, a feature extractor or nothing, and `Backbone.processor` is what its folder holds.
 
 Nothing here runs code from a model folder and nothing is unpickled.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
+from mmft.backbones.classes import default_config, model_class, native_types, on_meta, writes_text
 from mmft.backbones.parts import Parts, find_parts
-from mmft.backbones.quantize import check_quantized, guard_cpu, is_quantized, quantization_config, wanted_names
+from mmft.backbones.quantize import (
+    check_quantized,
+    guard_cpu,
+    guard_stored,
+    is_quantized,
+    quantization_config,
+    stored_quantization,
+    wanted_names,
+)
 from mmft.errors import BackboneError
 from mmft.recipe.schema import ModelSection, QuantizationSection
 
+__all__ = [
+    "Backbone",
+    "chat_template",
+    "load_backbone",
+    "load_processor",
+    "meta_backbone",
+    "meta_model",
+    "model_class",
+    "resolve_model",
+]
 _SHIPPED = "shipped:"
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.ckpt", "model.pt")
 
 
 @dataclass(frozen=True)
 class Backbone:
     """A model with its processor and its parts. `folder` holds the weights (a snapshot folder for hub ids); None for
-    a model that is only on the meta device."""
+    a model that is only on the meta device. `processor` is None where the model has none (or none was asked for)."""
 
     model: Any
     processor: Any
@@ -36,8 +62,11 @@ class Backbone:
 
     @property
     def tokenizer(self) -> Any:
-        """The processor's tokenizer."""
-        return getattr(self.processor, "tokenizer", self.processor)
+        """The processor's tokenizer. Raises BackboneError for a model that came without one."""
+        found = getattr(self.processor, "tokenizer", self.processor)
+        if not hasattr(found, "pad_token_id"):
+            raise _no_processor(self.name, self.processor)
+        return found
 
     @property
     def pad_token_id(self) -> int:
@@ -58,9 +87,9 @@ def resolve_model(name_or_path: str) -> tuple[str, Path | None]:
     Raises BackboneError for a folder that does not exist or holds no config.json.
     """
     if name_or_path.startswith(_SHIPPED):
-        from mmft.backbones.shipped import resolve_shipped
+        from mmft.backbones.shipped_dual import resolve_any
 
-        folder = Path(resolve_shipped(name_or_path.removeprefix(_SHIPPED)))
+        folder = Path(resolve_any(name_or_path.removeprefix(_SHIPPED)))
         return str(folder), folder
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
@@ -87,73 +116,89 @@ def load_backbone(
     quantization: QuantizationSection | None = None,
     *,
     device: torch.device | None = None,
+    processor: bool = True,
 ) -> Backbone:
     """Load weights and processor. The weights are frozen here; adapters decide what is trained.
 
-    Raises BackboneError when the folder or hub id, its config, weights or processor is wrong, or the attention kernel
-    is not supported.
+    `processor=False` leaves the processor out, also for models that must have one. Raises BackboneError when the
+    folder or hub id, its config, weights or processor is wrong, or the attention kernel is not supported.
     """
     quantization = quantization or QuantizationSection()
     target, folder = resolve_model(model.name_or_path)
     config = _config(model, target)
-    cls = _model_class(model, config)
-    _check_attention(model, cls)
+    cls = model_class(config, name=model.name_or_path)
+    attention = _attention(model, cls)
     if folder is not None:
         _check_weights(model, folder)
+    on_cpu = device is None or device.type == "cpu"
+    stored = stored_quantization(config, quantization, name=model.name_or_path)
     options: dict[str, Any] = {
         "revision": model.revision,
         "dtype": getattr(torch, model.dtype),
-        "attn_implementation": model.attn_implementation,
+        "attn_implementation": attention,
         "use_safetensors": True,
     }
     wanted: list[str] = []
-    if is_quantized(quantization):
-        empty = _on_meta(cls, config)
+    if stored is not None:
+        options["device_map"] = {"": device or torch.device("cpu")}
+    elif is_quantized(quantization):
+        empty = on_meta(cls, config)
         parts = find_parts(empty)
-        on_cpu = device is None or device.type == "cpu"
         wanted = wanted_names(empty, parts, quantization, on_cpu=on_cpu)
         everything = [name for name, module in empty.named_modules() if isinstance(module, torch.nn.Linear)]
         options["quantization_config"] = quantization_config(quantization, wanted, linears=everything)
         options["device_map"] = {"": device or torch.device("cpu")}
     try:
-        loaded: Any = cls.from_pretrained(target, config=config, **options)
+        # Not cls.from_pretrained: Qwen2.5-Omni's own one cannot return the loading info (and unpickles its voices).
+        load: Any = PreTrainedModel.from_pretrained
+        loaded, found = load.__func__(cls, target, config=config, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         raise _load_error(model, error, what="weights") from error
-    if is_quantized(quantization):
+    _check_missing(model, config, sorted(found["missing_keys"]))
+    if stored is not None:
+        guard_stored(loaded, stored, name=model.name_or_path, on_cpu=on_cpu)
+    elif is_quantized(quantization):
         check_quantized(loaded, wanted)
         guard_cpu(loaded)
     elif device is not None:
         loaded.to(device)
     loaded.requires_grad_(False)
     loaded.eval()
-    if device is None or device.type == "cpu":
+    if on_cpu:
         _channels_last(loaded)
     return Backbone(
         model=loaded,
-        processor=load_processor(model),
+        processor=_processor_of(model, config, folder) if processor else None,
         parts=find_parts(loaded),
         folder=folder or _snapshot(target, model.revision),
         name=model.name_or_path,
         revision=model.revision,
-        quantized=bool(wanted),
+        quantized=bool(wanted) or stored is not None,
+    )
+
+
+def _check_missing(model: ModelSection, config: Any, missing: list[str]) -> None:
+    """Weights that no file holds start at random: transformers only logs that. Encoders may come without a pooler."""
+    if not missing:
+        return
+    text = f"{model.name_or_path} lacks {len(missing)} weights of its model: {', '.join(missing[:5])}"
+    if not writes_text(config):
+        warnings.warn(f"{text}; they start at random", stacklevel=3)
+        return
+    raise BackboneError(
+        text,
+        where=f"model.name_or_path: {model.name_or_path}",
+        allowed="a checkpoint that holds every weight of the class its config names",
+        do="complete the folder, or correct `architectures` in its config.json",
     )
 
 
 def load_processor(model: ModelSection) -> Any:
-    """The processor of the model. Raises BackboneError when there is none that transformers can build."""
-    from transformers import AutoProcessor
-
-    target, _ = resolve_model(model.name_or_path)
-    try:
-        found: Any = AutoProcessor.from_pretrained(target, revision=model.revision, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
-        raise _load_error(model, error, what="processor") from error
+    """The processor of a model that is to see chat data: it has a tokenizer. Raises BackboneError when there is none
+    that transformers can build."""
+    found = _any_processor(model)
     if not hasattr(found, "tokenizer"):
-        raise BackboneError(
-            f"{model.name_or_path} has no processor for pictures and text, only a {type(found).__name__}",
-            where=f"model.name_or_path: {model.name_or_path}",
-            do="add the processor files (preprocessor_config.json, processor_config.json, tokenizer.json)",
-        )
+        raise _no_processor(model.name_or_path, found)
     return found
 
 
@@ -162,9 +207,9 @@ def meta_backbone(model: ModelSection) -> Backbone:
     the processor, None where it cannot be loaded)."""
     target, folder = resolve_model(model.name_or_path)
     config = _config(model, target)
-    empty = _on_meta(_model_class(model, config), config, dtype=getattr(torch, model.dtype))
+    empty = on_meta(model_class(config, name=model.name_or_path), config, dtype=getattr(torch, model.dtype))
     try:
-        processor = load_processor(model)
+        processor = _processor_of(model, config, folder)
     except BackboneError:
         processor = None
     return Backbone(empty, processor, find_parts(empty), folder, model.name_or_path, model.revision, False)
@@ -173,14 +218,12 @@ def meta_backbone(model: ModelSection) -> Backbone:
 def meta_model(model_type: str) -> Any:
     """A model of a bare type (`qwen2_vl`) with its default config on the meta device; None when there is no such
     type. Raises BackboneError when the type is no vision-language model or has no usable default config."""
-    from transformers import AutoConfig
-
-    if model_type not in _native_types():
+    if model_type not in native_types():
         return None
     section = ModelSection(name_or_path=model_type)
     try:
-        config = AutoConfig.for_model(model_type)
-        return _on_meta(_model_class(section, config), config)
+        config = default_config(model_type)
+        return on_meta(model_class(config, name=model_type), config)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _load_error(section, error, what="default config") from error
 
@@ -198,6 +241,39 @@ def chat_template(backbone: Backbone) -> str:
     )
 
 
+def _any_processor(model: ModelSection) -> Any:
+    """What AutoProcessor finds: a processor, or a tokenizer, image processor or feature extractor alone."""
+    from transformers import AutoProcessor
+
+    target, _ = resolve_model(model.name_or_path)
+    try:
+        return AutoProcessor.from_pretrained(target, revision=model.revision, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise _load_error(model, error, what="processor") from error
+
+
+def _processor_of(model: ModelSection, config: Any, folder: Path | None) -> Any:
+    """The processor by the rule of this module: required of models that write text about media, else optional."""
+    if writes_text(config):
+        return load_processor(model)
+    try:
+        found = _any_processor(model)
+    except BackboneError:
+        return None
+    # Without any file transformers makes up a tokenizer of five special tokens.
+    made_up = folder is not None and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
+    return None if hasattr(found, "pad_token_id") and made_up else found
+
+
+def _no_processor(name: str, found: Any) -> BackboneError:
+    return BackboneError(
+        f"{name} has no processor for pictures and text, only "
+        + ("the weights" if found is None else f"a {type(found).__name__}"),
+        where=f"model.name_or_path: {name}",
+        do="add the processor files (preprocessor_config.json, processor_config.json, tokenizer.json)",
+    )
+
+
 def _config(model: ModelSection, target: str) -> Any:
     """The config. A folder whose classes live in its own code is refused: that code would have to be run."""
     from transformers import AutoConfig, PreTrainedConfig
@@ -205,7 +281,7 @@ def _config(model: ModelSection, target: str) -> Any:
     try:
         raw, _ = PreTrainedConfig.get_config_dict(target, revision=model.revision)
         kind = raw.get("model_type")
-        if raw.get("auto_map") and kind not in _native_types():
+        if raw.get("auto_map") and kind not in native_types():
             code = (
                 str(next(iter(raw["auto_map"].values()))).partition(".")[0].partition("--")[2]
                 or str(next(iter(raw["auto_map"].values()))).partition(".")[0]
@@ -221,34 +297,6 @@ def _config(model: ModelSection, target: str) -> Any:
         raise _load_error(model, error, what="config") from error
 
 
-def _native_types() -> set[str]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    return set(CONFIG_MAPPING.keys())
-
-
-def _model_class(model: ModelSection, config: Any) -> Any:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise BackboneError(
-            f"{model.name_or_path} is a {config.model_type} model, not a vision-language model",
-            where=f"model.name_or_path: {model.name_or_path}",
-            allowed="model types of transformers' AutoModelForImageTextToText (llava, qwen2_vl, smolvlm, ...)",
-            do="choose an image-text-to-text model",
-        )
-    found = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    return found[0] if isinstance(found, (tuple, list)) else found
-
-
-def _on_meta(cls: Any, config: Any, dtype: torch.dtype | None = None) -> Any:
-    """An instance of the model class without memory behind its weights."""
-    with torch.device("meta"):
-        empty = cls._from_config(config, dtype=dtype) if dtype is not None else cls._from_config(config)
-    empty.tie_weights()
-    return empty
-
-
 def _channels_last(model: torch.nn.Module) -> None:
     """Lay out two-dimensional convolutions for oneDNN, in which convolutional towers take half the time.
 
@@ -259,11 +307,14 @@ def _channels_last(model: torch.nn.Module) -> None:
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
 
-def _check_attention(model: ModelSection, cls: Any) -> None:
+def _attention(model: ModelSection, cls: Any) -> str:
+    """The attention kernel: the one asked for, which must be supported; when none was, sdpa, else eager."""
     supported = ["eager"]
     supported += ["sdpa"] if cls._supports_sdpa else []
     supported += ["flash_attention_2"] if cls._supports_flash_attn else []
     supported += ["flex_attention"] if cls._supports_flex_attn else []
+    if "attn_implementation" not in model.model_fields_set and model.attn_implementation not in supported:
+        return "eager"
     if model.attn_implementation not in supported:
         raise BackboneError(
             f"{cls.__name__} has no {model.attn_implementation} attention",
@@ -271,6 +322,7 @@ def _check_attention(model: ModelSection, cls: Any) -> None:
             allowed=", ".join(supported),
             do=f"set model.attn_implementation: {supported[-1] if 'sdpa' not in supported else 'sdpa'}",
         )
+    return str(model.attn_implementation)
 
 
 def _check_weights(model: ModelSection, folder: Path) -> None:

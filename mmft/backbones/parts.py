@@ -1,8 +1,9 @@
-"""The parts of any vision-language model, found by structure: no table of model families.
+"""The parts of any model, found by structure: no table of model families.
 
 Sources, in this order: transformers' accessors (`get_encoder(modality)`, `get_decoder`, `get_input_embeddings`,
 `get_output_embeddings`), the config tree and the declared input modalities of the sub-models, and names only where
-the first two say nothing. What lies beside the towers and the language model is the projector.
+the first two say nothing; a forward pass that shows what depends on the media input where all are silent and an example
+of the inputs is given (`flow`). What lies beside the towers and the language model is the projector.
 
 Every module and parameter belongs to exactly one part and one sub-part; a name belongs where its longest known
 prefix belongs. Tied weights are counted once, with the token embedding.
@@ -11,28 +12,26 @@ prefix belongs. Tied weights are counted once, with the token embedding.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from mmft.backbones.flow import flow_roots
+from mmft.backbones.roots import Names, ancestors, ask, find_roots, head_of, part_of
 from mmft.recipe.check import PARTS, SUBPARTS
 
 __all__ = ["PARTS", "SUBPARTS", "Parts", "count", "find_parts", "is_linear", "owners", "size"]
 
 _ATTENTION = re.compile(r"(^|_)(attn|attention|crossattention)|attn$|attention$", re.IGNORECASE)
+# Sparse attention's choice of tokens is a hard top-k: no gradient comes through it, so an adapter there never trains.
+_INDEXER = re.compile(r"index(er)?(_|$)", re.IGNORECASE)
 _MLP = re.compile(
     r"(^|_)(mlp|mlps|ffn|feed_forward|feedforward|moe|experts?|intermediate|fc\d?)(_|\d|$)", re.IGNORECASE
 )
 _EMBED = re.compile(r"embed|(^|_)wte$|(^|_)wpe$", re.IGNORECASE)
-_CROSS = re.compile(r"cross_?attn|cross_?attention|encoder_attn|enc_?dec_?attention", re.IGNORECASE)
-_BRIDGE = re.compile(
-    r"merger|project|resampl|perceiver|connector|align|qformer|multi_?modal|visual_embed", re.IGNORECASE
-)
-_VISION_KEYS = re.compile(r"vision|visual|image|video|vq", re.IGNORECASE)
-_AUDIO_KEYS = re.compile(r"audio|speech", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,8 @@ class Parts:
     `roots` maps module-name prefixes to parts ("" is the model itself), `subs` module names to sub-parts,
     `linear` the names of layers that an adapter can sit on to (part, sub-part), `experts` the names of parameters
     that hold a stack of expert matrices (three dimensions), which no adapter here can sit on. `names` are the parts
-    that own at least one parameter, in the order of `PARTS`; `tied_head`: the head's weight is the token table.
+    that own at least one parameter, in the order of `PARTS`; `tied_head`: the head's weight is the token table;
+    `attending`: the numbered modules (`layers.3`) around attention.
     """
 
     roots: Mapping[str, str] = field(repr=False)
@@ -51,13 +51,11 @@ class Parts:
     experts: Mapping[str, tuple[str, str]] = field(repr=False)
     tied_head: bool
     names: tuple[str, ...] = ()
+    attending: frozenset[str] = field(default=frozenset(), repr=False)
 
     def part_of(self, name: str) -> str:
         """The part of a module or parameter name, as in `model.named_modules()` / `named_parameters()`."""
-        prefix = name
-        while prefix not in self.roots:
-            prefix = prefix.rpartition(".")[0]
-        return self.roots[prefix]
+        return part_of(self.roots, name)
 
     def subpart_of(self, name: str) -> str:
         """The sub-part of a module or parameter name; a parameter belongs with the module that owns it."""
@@ -71,15 +69,16 @@ class Parts:
         return [name for name, home in self.linear.items() if home[0] == part and sub in (None, home[1])]
 
 
-def find_parts(model: Any) -> Parts:
-    """Parts of a `PreTrainedModel` (on any device, quantized or not, without adapters). Milliseconds."""
-    names = _Names(model)
-    roots = _towers(model, names)
-    roots.update(_language(model, names, roots))
-    roots.update(_bridges(model, names, roots))
-    roots.update(_heads(model, names))
-    roots.setdefault("", "projector" if any(part != "head" for part in roots.values()) else "language")
-    roots.update(_cross_attention(names, roots))
+def find_parts(model: Any, *, inputs: Mapping[str, Any] | None = None) -> Parts:
+    """Parts of a `PreTrainedModel` (on any device, quantized or not, without adapters). Milliseconds.
+
+    With an example of the model's inputs (and real weights), a model whose structure tells of no tower is run to see
+    which modules read media (`backbones.flow`: three forward passes).
+    """
+    names = Names(model)
+    roots = find_roots(model, names)
+    if inputs is not None and not {"vision", "audio"} & set(roots.values()):
+        roots |= flow_roots(model, names, inputs)
     subs = {name: _subpart(name, names) for name in names.modules}
     draft = Parts(roots, subs, {}, {}, False)
     linear = {
@@ -93,7 +92,19 @@ def find_parts(model: Any) -> Parts:
         if parameter.ndim == 3 and parameter.shape[0] > 1 and _holds_experts(names.modules[name.rpartition(".")[0]])
     }
     present = {draft.part_of(name) for name, _ in model.named_parameters(remove_duplicate=False)}
-    return Parts(roots, subs, linear, experts, _is_tied(model), tuple(part for part in PARTS if part in present))
+    known = tuple(part for part in PARTS if part in present)
+    return Parts(roots, subs, linear, experts, _is_tied(model), known, _attending(subs))
+
+
+def _attending(subs: Mapping[str, str]) -> frozenset[str]:
+    """Numbered modules, not inside attention themselves, that hold attention."""
+    return frozenset(
+        step
+        for name, sub in subs.items()
+        if sub == "attention"
+        for step in ancestors(name)
+        if step.rpartition(".")[2].isdigit() and subs[step] != "attention"
+    )
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -137,210 +148,18 @@ def count(model: nn.Module, parts: Parts) -> dict[str, dict[str, int]]:
     return rows
 
 
-class _Names:
-    """The model's modules by name and back."""
-
-    def __init__(self, model: Any) -> None:
-        self.modules: dict[str, nn.Module] = dict(model.named_modules())
-        self._back = {id(module): name for name, module in self.modules.items()}
-
-    def of(self, module: Any) -> str | None:
-        """Name of a module object; None for no module, a foreign one and the model itself."""
-        return (self._back.get(id(module)) or None) if isinstance(module, nn.Module) else None
-
-    def children(self, name: str) -> Iterable[str]:
-        prefix = f"{name}." if name else ""
-        return [prefix + child for child, _ in self.modules[name].named_children()]
-
-
-def _ask(model: Any, accessor: str, *arguments: Any) -> Any:
-    """An accessor's answer; None where the family does not implement it (they raise, in four different ways)."""
-    try:
-        return getattr(model, accessor)(*arguments)
-    except (NotImplementedError, AttributeError, TypeError, ValueError):
-        return None
-
-
-def _inside(name: str, root: str) -> bool:
-    return name == root or name.startswith(f"{root}.") or root == ""
-
-
-def _ancestors(name: str) -> list[str]:
-    """Proper ancestors, nearest first, without the model itself."""
-    found = []
-    while "." in name:
-        name = name.rpartition(".")[0]
-        found.append(name)
-    return found
-
-
 def _is_tied(model: Any) -> bool:
-    head, table = _head(model), _ask(model, "get_input_embeddings")
+    head, table = head_of(model), ask(model, "get_input_embeddings")
     weight = getattr(head, "weight", None)
     return weight is not None and weight is getattr(table, "weight", None)
 
 
-def _head(model: Any) -> Any:
-    found = _ask(model, "get_output_embeddings")
-    if found is None:
-        decoder = _ask(model, "get_decoder")
-        found = _ask(decoder, "get_output_embeddings") if decoder is not model else None
-    return found
-
-
-def _towers(model: Any, names: _Names) -> dict[str, str]:
-    """Encoders of other modalities: the accessors' answers, then sub-models by config and by declared input."""
-    asked = [_ask(model, accessor) for accessor in ("get_input_embeddings", "get_decoder")]
-    anchors = [anchor for module in asked if (anchor := names.of(module))]
-    found: dict[str, str] = {}
-
-    def add(name: str | None, part: str) -> None:
-        if name is None or any(_inside(anchor, name) for anchor in anchors):
-            return
-        if not any(_inside(name, known) for known in found):
-            found[name] = part
-
-    for modality, part in (("image", "vision"), ("video", "vision"), ("audio", "audio")):
-        add(names.of(_ask(model, "get_encoder", modality)), part)
-    configs = _modal_configs(model.config)
-    for name, module in names.modules.items():
-        if name and hasattr(module, "input_modalities"):
-            modality_part = configs.get(type(module.config)) or _declared(module)
-            if modality_part and not any(_BRIDGE.search(step) for step in name.split(".")):
-                add(name, modality_part)
-    return found
-
-
-def _modal_configs(config: Any) -> dict[type, str]:
-    """Types of the sub-configs that are named after a modality."""
-    found: dict[type, str] = {}
-    for key in getattr(config, "sub_configs", None) or ():
-        sub = getattr(config, key, None)
-        part = "vision" if _VISION_KEYS.search(key) else "audio" if _AUDIO_KEYS.search(key) else None
-        if sub is not None and part and not isinstance(sub, dict) and type(sub) is not type(config):
-            found[type(sub)] = part
-    return found
-
-
-def _declared(module: Any) -> str | None:
-    """The modality that a sub-model says it reads, when it reads no text."""
-    declared = module.input_modalities
-    reads = {declared} if isinstance(declared, str) else set(declared or ())
-    if not reads or "text" in reads:
-        return None
-    return "vision" if reads & {"image", "video"} else "audio" if "audio" in reads else None
-
-
-def _language(model: Any, names: _Names, towers: Mapping[str, str]) -> dict[str, str]:
-    """Roots of the language model: the largest modules around decoder, text encoder and token table that hold
-    no tower and are not the base model (whose other children are the projector)."""
-    base = names.of(getattr(model, "base_model", None))
-    found: dict[str, str] = {}
-    decoder = _ask(model, "get_decoder")
-    for module in (decoder, _ask(model, "get_encoder"), _ask(model, "get_input_embeddings")):
-        name = names.of(module)
-        if name is None or any(_inside(name, tower) for tower in towers):
-            continue
-        top = None
-        for step in (name, *_ancestors(name)):
-            if any(_inside(tower, step) for tower in towers) or (step == base and step != name):
-                break
-            top = step
-        if top is None:  # it holds a tower: the decoder itself is the container, an encoder is looked into
-            top = name if module is decoder else None
-        if top is not None and not any(_inside(top, known) for known in found):
-            found[top] = "language"
-    if not found and decoder is model:
-        found[""] = "language"
-    return found
-
-
-def _bridges(model: Any, names: _Names, roots: Mapping[str, str]) -> dict[str, str]:
-    """Projectors that do not lie beside the language model: inside a tower (`visual.merger`) or inside a language
-    model that holds its towers itself."""
-    towers = [name for name, part in roots.items() if part in ("vision", "audio")]
-    languages = [name for name, part in roots.items() if part == "language"]
-    found: dict[str, str] = {}
-    for language in languages:
-        if any(_inside(tower, language) for tower in towers):
-            for child in names.children(language):
-                if child not in roots and _BRIDGE.search(child.rpartition(".")[2]):
-                    found[child] = "projector"
-    beside = any(
-        not any(_inside(name, root) or (root and _inside(root, name)) for root in roots if root)
-        for name, module in names.modules.items()
-        if name and not _is_head(names, name, model) and next(module.parameters(), None) is not None
-    )
-    if found or beside:
-        return found
-    for tower in towers:
-        found.update(dict.fromkeys(_inner_bridges(model, names, tower), "projector"))
-    return found
-
-
-def _inner_bridges(model: Any, names: _Names, tower: str) -> list[str]:
-    """Children of a tower, beside its layers, that are named as bridges or lead to the language model's width."""
-    children = [child for child in names.children(tower) if next(names.modules[child].parameters(), None) is not None]
-    named = [child for child in children if _BRIDGE.search(child.rpartition(".")[2])]
-    if named:
-        return named
-    table = _ask(model, "get_input_embeddings")
-    width = getattr(table, "embedding_dim", None)
-    last = [child for child in children if not isinstance(names.modules[child], nn.ModuleList)][-1:]
-    return [child for child in last if width is not None and _leads_to(names.modules[child], width)]
-
-
-def _leads_to(module: nn.Module, width: int) -> bool:
-    """True when the module's linear layers end at `width` and start at another one (a pooler keeps its width)."""
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-    return bool(layers) and layers[-1].out_features == width != layers[0].in_features
-
-
-def _is_head(names: _Names, name: str, model: Any) -> bool:
-    return any(_inside(name, root) for root in _heads(model, names))
-
-
-def _heads(model: Any, names: _Names) -> dict[str, str]:
-    """The vocabulary head with what belongs to it alone (a transform before it), never with layers or the table."""
-    name = names.of(_head(model))
-    if name is None:
-        return {}
-    table = names.of(_ask(model, "get_input_embeddings"))
-    top = name
-    for step in _ancestors(name):
-        holds_layers = any(isinstance(module, nn.ModuleList) for module in names.modules[step].modules())
-        if holds_layers or (table and _inside(table, step)):
-            break
-        top = step
-    return {top: "head"}
-
-
-def _cross_attention(names: _Names, roots: Mapping[str, str]) -> dict[str, str]:
-    """Layers of the language model that attend to something other than the text: the whole layer where it has no
-    self-attention (mllama), else the cross-attending module alone."""
-    draft = Parts(roots, {}, {}, {}, False)
-    found: dict[str, str] = {}
-    for name, module in names.modules.items():
-        parent = names.modules.get(name.rpartition(".")[0])
-        if not isinstance(parent, nn.ModuleList) or draft.part_of(name) != "language":
-            continue
-        holders = [n for n, m in module.named_children() if next(m.parameters(), None) is not None]
-        norms = [n for n in holders if "norm" in type(getattr(module, n)).__name__.lower()]
-        crossing = [n for n in holders if _CROSS.search(n) and n not in norms]
-        others = [n for n in holders if _ATTENTION.search(n) and n not in crossing and n not in norms]
-        if crossing and not others:
-            found[name] = "cross_attention"
-        else:
-            found.update({f"{name}.{child}": "cross_attention" for child in crossing})
-    return found
-
-
-def _subpart(name: str, names: _Names) -> str:
+def _subpart(name: str, names: Names) -> str:
     """norm where the module is one; else what the outermost telling module on its path is."""
     module = names.modules[name]
     if name and "norm" in type(module).__name__.lower():
         return "norm"
-    for step in (*reversed(_ancestors(name)), name):
+    for step in (*reversed(ancestors(name)), name):
         here = names.modules[step]
         last = step.rpartition(".")[2]
         kind = type(here).__name__
@@ -349,7 +168,7 @@ def _subpart(name: str, names: _Names) -> str:
         if isinstance(here, nn.Embedding) or (_EMBED.search(last) and not hasattr(here, "input_modalities")):
             return "embedding"
         if _ATTENTION.search(last) or kind.endswith("Attention"):
-            return "attention"
+            return "other" if any(_INDEXER.match(part) for part in name.split(".")) else "attention"
         if _MLP.search(last) or kind.lower().endswith(("mlp", "experts", "moe", "feedforward")):
             return "mlp"
     parent = names.modules.get(name.rpartition(".")[0])

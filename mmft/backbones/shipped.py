@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import FastVlmForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
-SHIPPED = ("nano-vlm", "nano-vlm-init")
+SHIPPED = ("nano-vlm", "nano-vlm-init", "emoji-clip-init")
 IMAGE_SIDE = 192
 PATCH = 32
 """Pixels per side of one image token: 192 pixels give 6 x 6 = 36 tokens."""
@@ -66,7 +66,7 @@ CHAT_TEMPLATE = (
 
 
 def resolve_shipped(name: str) -> Path:
-    """Folder of `nano-vlm` or `nano-vlm-init`, with or without the leading `shipped:`."""
+    """Folder of one of `SHIPPED`, with or without the leading `shipped:`."""
     plain = name.removeprefix("shipped:")
     if plain == "nano-vlm":
         folder = Path(str(importlib.resources.files("mmft") / "assets" / "nano_vlm"))
@@ -149,6 +149,11 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> FastVlmForConditionalGene
     return model.eval()
 
 
+def tower_weights(wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The pretrained tower under timm's names; `wanted` is the state of a tower of that architecture."""
+    return _tower_weights(wanted)
+
+
 def _tower_weights(wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The package's weights under timm's names; both list the same tensors in the same order."""
     import torch
@@ -158,7 +163,7 @@ def _tower_weights(wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         data = path.read_bytes()
     except (importlib.metadata.PackageNotFoundError, FileNotFoundError) as error:
         raise BackboneError(
-            f"the untrained nano VLM needs the package {_TOWER_PACKAGE}, which is not installed",
+            f"this start needs the package {_TOWER_PACKAGE}, which is not installed",
             do="pip install 'mmft[demo]'",
         ) from error
     if hashlib.sha256(data).hexdigest() != _TOWER_SHA256:

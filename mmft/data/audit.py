@@ -77,6 +77,7 @@ def fingerprint(samples: Iterable[Sample]) -> str:
         turns = [[turn.role, [[piece.kind, piece.text] for piece in turn.pieces]] for turn in sample.turns]
         media = [media_digest(ref) for ref in sample.media]
         row = [sample.id, sample.source, turns, media, list(sample.answers), sorted(sample.tags.items())]
+        row += [list(sample.negatives)] if sample.negatives else []
         digest.update(json.dumps(row, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
     return digest.hexdigest()
 

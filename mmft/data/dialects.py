@@ -209,7 +209,7 @@ def _sample(
     return Sample(
         id=f"{context.name}-{number}" if given is None or given == "" else str(given),
         turns=turns,
-        media=tuple(_media(image, context.root, where) for image in images),
+        media=tuple(image_reference(image, context.root, where) for image in images),
         answers=() if answers is None else _answers(list(_listed(answers)), where),
         tags={str(key): str(value) for key, value in tags.items() if value is not None},
         source=context.name,
@@ -246,7 +246,7 @@ def _check_turns(turns: tuple[Turn, ...], where: str) -> None:
         raise DataError(f"a text holds half a surrogate pair ({error.object[error.start]!a})", where=where) from error
 
 
-def _media(image: Any, root: Path, where: str) -> MediaRef:
+def image_reference(image: Any, root: Path, where: str) -> MediaRef:
     """A reference to a picture that exists: a path below `root` (looked up, not opened) or encoded bytes."""
     if isinstance(image, dict):
         image = image.get("bytes") if image.get("bytes") is not None else image.get("path")

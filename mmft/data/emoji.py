@@ -140,6 +140,11 @@ def _plain(code_points: str) -> str:
     return "-".join(part for part in code_points.lower().split("-") if part != "fe0f")
 
 
+def art_stem(style: str, code_points: str) -> str | None:
+    """File stem of an emoji's art in a style, or None when the style does not draw it."""
+    return _stems(style).get(_plain(code_points))
+
+
 @functools.cache
 def art(style: str, stem: str) -> Image.Image:
     """One emoji as an RGBA image of `ART_SIZE` x `ART_SIZE`; held in memory once asked for."""

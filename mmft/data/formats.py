@@ -1,7 +1,7 @@
 """Rows of any dialect become `Sample`s; every row that does not is listed with its line and reason.
 
-Three dialects: `messages` (+ `images`), LLaVA `conversations`, and `qa` (`image, question, answer(s)`). No picture is
-decoded here; a path is only looked up below its media root.
+Four dialects: `messages` (+ `images`), LLaVA `conversations`, `qa` (`image, question, answer(s)`), and `pairs` (`image,
+caption(s)`). No picture is decoded here; a path is only looked up below its media root.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from mmft.data.dialects import DIALECTS, RowContext, guess_format
+from mmft.data.pairs import looks_like_pairs, parse_pair
 from mmft.data.readers import Row, read_rows
 from mmft.data.sample import Sample
 from mmft.errors import DataError, Problem
@@ -22,9 +23,11 @@ from mmft.recipe.schema import DataSection, DataSource
 from mmft.seeds import fold
 
 SHIPPED = "shipped:emoji-scenes/"
+SHIPPED_PAIRS = "shipped:emoji-pairs/"
 _LOOK = 20
 
-Format = Literal["messages", "llava", "qa"]
+Format = Literal["messages", "llava", "qa", "pairs"]
+PARSERS = {**DIALECTS, "pairs": parse_pair}
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ def source_path(source: DataSource) -> Path:
         from mmft.data.scenes import shipped_rows
 
         return Path(shipped_rows(source.path.removeprefix(SHIPPED)))
+    if source.path.startswith(SHIPPED_PAIRS):
+        from mmft.data.pairs_emoji import shipped_pairs
+
+        return shipped_pairs(source.path.removeprefix(SHIPPED_PAIRS))
     return Path(source.path)
 
 
@@ -75,7 +82,7 @@ def load_samples(source: DataSource, *, seed: int, system: str | None = None) ->
     if not look:
         broken = [problem for _, row in first[:5] if isinstance(row, DataError) for problem in row.problems]
         raise DataError([Problem(f"none of the first {len(first)} rows can be read", str(path)), *broken])
-    form = source.format if source.format != "auto" else guess_format(look, source.columns, where=str(path))
+    form = source.format if source.format != "auto" else _guessed(look, source, path)
     root = Path(source.media_root) if source.media_root else path.parent
     context = RowContext(name=name, root=root, columns=dict(source.columns), system=system)
     samples, bad = _parse(itertools.chain(first, rows), form, context)
@@ -86,10 +93,19 @@ def load_samples(source: DataSource, *, seed: int, system: str | None = None) ->
     return Loaded(samples, bad, form, name)
 
 
+def _guessed(rows: Sequence[Row], source: DataSource, path: Path) -> str:
+    try:
+        return guess_format(rows, source.columns, where=str(path))
+    except DataError:
+        if looks_like_pairs(rows, source.columns):
+            return "pairs"
+        raise
+
+
 def _parse(
     rows: Iterable[tuple[str, Row | DataError]], form: str, context: RowContext
 ) -> tuple[list[Sample], list[tuple[str, str]]]:
-    parse = DIALECTS[form]
+    parse = PARSERS[form]
     samples: list[Sample] = []
     bad: list[tuple[str, str]] = []
     seen: dict[str, str] = {}

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmft.data.collate import Batch, Side, collate
 from mmft.data.order import MicroBatch, StepPlan
+from mmft.data.pairs import PairRenderer
 from mmft.data.render import Renderer
 from mmft.data.sample import Sample
 from mmft.errors import DataError, MmftError
@@ -19,12 +20,26 @@ PREFETCH = 2
 HANG_SECONDS = 600.0
 
 
+def assemble(
+    renderer: Renderer | PairRenderer, rows: Sequence[tuple[Sample, int]], *, pad_token_id: int, side: Side = "right"
+) -> Batch:
+    """One batch of (sample, epoch) rows: rendered and padded, or for pairs as their renderer puts them together."""
+    if isinstance(renderer, PairRenderer):
+        return renderer.assemble(rows)
+    return collate([renderer.render(sample) for sample, _ in rows], pad_token_id=pad_token_id, side=side)
+
+
 class _MicroBatches(Dataset):
     """The rank's micro-batches; an item is a Batch, or the MmftError that its making raised (a plain value, so that
     it crosses the process wall as itself and not as torch's traceback text)."""
 
     def __init__(
-        self, samples: Sequence[Sample], renderer: Renderer, work: Sequence[MicroBatch], pad_token_id: int, side: Side
+        self,
+        samples: Sequence[Sample],
+        renderer: Renderer | PairRenderer,
+        work: Sequence[MicroBatch],
+        pad_token_id: int,
+        side: Side,
     ) -> None:
         self._samples, self._renderer, self._work = samples, renderer, work
         self._pad_token_id = pad_token_id
@@ -35,10 +50,10 @@ class _MicroBatches(Dataset):
 
     def __getitem__(self, index: int) -> Batch | MmftError:
         try:
-            rows = [self._renderer.render(self._samples[row]) for row, _ in self._work[index].rows]
+            rows = [(self._samples[row], epoch) for row, epoch in self._work[index].rows]
+            return assemble(self._renderer, rows, pad_token_id=self._pad_token_id, side=self._side)
         except MmftError as error:
             return error
-        return collate(rows, pad_token_id=self._pad_token_id, side=self._side)
 
 
 class _Steps(Sequence[MicroBatch]):
@@ -63,7 +78,7 @@ def _one_thread(_: int) -> None:
 
 def batches(
     samples: Sequence[Sample],
-    renderer: Renderer,
+    renderer: Renderer | PairRenderer,
     plan: StepPlan,
     *,
     start_step: int,

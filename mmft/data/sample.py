@@ -46,13 +46,15 @@ class Sample:
     """One row: turns, the media they mention in order, and where it came from.
 
     `answers` are the references an evaluation compares with (ten for VQA rows); empty means the last
-    assistant turn is the one reference. `tags` are free labels such as the question type.
+    assistant turn is the one reference. A pair has no turns: its texts are the `answers`, texts that are wrong for its
+    picture the `negatives`. `tags` are free labels such as the question type.
     """
 
     id: str
     turns: tuple[Turn, ...]
     media: tuple[MediaRef, ...] = ()
     answers: tuple[str, ...] = ()
+    negatives: tuple[str, ...] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
     where: str = ""

@@ -1,6 +1,7 @@
 """The one training loop: batches → losses → one update, under accelerate.
 
-The loop knows an objective only as `loss(model, batch) -> Loss(sum, count)`. It divides by the count of the whole
+The loop knows an objective only as `loss(model, batch) -> Loss(sum, count)`, or where a loss is no sum over
+micro-batches as `backward(model, micro-batches)`. It divides by the count of the whole
 optimizer step (all micro-batches, all ranks), seeds dropout by (seed, step, micro-batch) so that neither resume nor
 the number of processes changes a number, and stops before an update that is not finite.
 """
@@ -19,9 +20,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from mmft.adapters.build import Adapted, set_modes
-from mmft.data.collate import Batch, collate
-from mmft.data.loader import batches
+from mmft.data.collate import Batch
+from mmft.data.loader import assemble, batches
 from mmft.data.order import StepPlan
+from mmft.data.pairs import PairRenderer
 from mmft.data.render import Renderer
 from mmft.data.sample import Sample
 from mmft.engine.callbacks import Callback
@@ -32,7 +34,7 @@ from mmft.engine.optim import Masters, build_optimizer, lr_scale, set_learning_r
 from mmft.engine.state import TrainState
 from mmft.errors import CheckpointError
 from mmft.journal import Journal
-from mmft.objectives.base import Objective
+from mmft.objectives.base import Objective, StepContext, StepObjective
 from mmft.recipe.schema import TrainSection
 from mmft.seeds import fold
 
@@ -45,7 +47,7 @@ class TrainJob:
     objective: Objective
     samples: Sequence[Sample]
     eval_samples: Sequence[Sample]
-    renderer: Renderer
+    renderer: Renderer | PairRenderer
     plan: StepPlan
     total_steps: int
     eval_batch_size: int
@@ -71,13 +73,18 @@ class Engine:
         self.callbacks = callbacks
         self.masters = Masters(job.adapted.trainable())
         self.params = self.masters.weights
-        self.optimizer = build_optimizer(job.adapted, job.section, self.params)
+        self.optimizer = build_optimizer(job.adapted, job.section, self.params, total_steps=job.total_steps)
         self.state = TrainState()
         self.pad = job.adapted.backbone.pad_token_id
         self.recomputed = checkpoint_layers(job.adapted) if job.section.gradient_checkpointing else []
         self._training_mode()
         # Only the distributed wrapper is accelerate's: precision and clipping are the recipe's and stated here.
-        self.model: nn.Module = accelerator.prepare_model(job.adapted.model) if self._world > 1 else job.adapted.model
+        wrapped = self._world > 1 and not isinstance(job.objective, StepObjective)
+        self.model: nn.Module = accelerator.prepare_model(job.adapted.model) if wrapped else job.adapted.model
+
+    @property
+    def _accuracy(self) -> str:
+        return "batch_accuracy" if isinstance(self.job.objective, StepObjective) else "token_accuracy"
 
     @property
     def _world(self) -> int:
@@ -171,13 +178,15 @@ class Engine:
         check_finite(step=state.step + 1, loss=loss, norm=float(norm), ids=ids, folder=str(job.folder))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(job.objective, StepObjective):
+            job.objective.settle(self.params)
         self.masters.give_weights()
         state.step += 1
         state.samples_consumed += int(rows_all)
         state.tokens_consumed += int(tokens_all)
         metrics = {
             "loss": loss,
-            "token_accuracy": correct / max(count, 1),
+            self._accuracy: correct / max(count, 1),
             "learning_rate": section.learning_rate * scale,
             "grad_norm": float(norm),
             "samples_per_second": rows_all / max(time.monotonic() - begin, 1e-9),
@@ -188,9 +197,16 @@ class Engine:
 
     def _backward(self, micros: Sequence[Batch], count: float) -> dict[str, float]:
         sums: dict[str, float] = {}
+        rank, world = self.accelerator.process_index, self._world
+        seeds = [
+            fold(self.job.section.seed, "dropout", self.state.step, local * world + rank)
+            for local in range(len(micros))
+        ]
+        if isinstance(self.job.objective, StepObjective):
+            step = StepContext(count, tuple(seeds), self._placed, self._autocast, rank, world)
+            return self.job.objective.backward(self.model, micros, step)
         for local, batch in enumerate(micros):
-            index = local * self._world + self.accelerator.process_index
-            torch.manual_seed(fold(self.job.section.seed, "dropout", self.state.step, index))
+            torch.manual_seed(seeds[local])
             last = local == len(micros) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self._autocast():
@@ -247,8 +263,8 @@ class Engine:
         model.eval()
         with torch.no_grad(), self._autocast():
             for start in range(rank * size, len(samples), size * world):
-                rows = [self.job.renderer.render(sample) for sample in samples[start : start + size]]
-                batch = collate(rows, pad_token_id=self.pad)
+                rows = [(sample, 0) for sample in samples[start : start + size]]
+                batch = assemble(self.job.renderer, rows, pad_token_id=self.pad)
                 loss = self.job.objective.loss(model, self._placed(batch))
                 total, count = total + float(loss.sum), count + loss.count
         self._training_mode()

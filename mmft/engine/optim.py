@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from mmft.adapters.build import Adapted
+from mmft.adapters.ranks import RankSchedule
+from mmft.errors import AdapterError
 from mmft.recipe.schema import TrainSection
 
 
@@ -57,14 +59,17 @@ class Masters:
                 param.copy_(self.weights[name])
 
 
-def build_optimizer(adapted: Adapted, section: TrainSection, params: dict[str, nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019); one group per (part, decayed or not), each with its `peak_lr`.
+def build_optimizer(
+    adapted: Adapted, section: TrainSection, params: dict[str, nn.Parameter], *, total_steps: int | None = None
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019); one group per (part, LoRA+'s side, decayed or not), each with its `peak_lr`.
 
     `params` are the masters by name. Weights of fewer than two dimensions (biases, norms, scales) are not decayed.
+    AdaLoRA's allocation hangs on the optimizer and needs `total_steps`; AdapterError without.
     """
     groups: list[dict] = []
     for group in adapted.groups:
-        peak = group.learning_rate or section.learning_rate
+        peak = (group.learning_rate or section.learning_rate) * group.ratio
         for decay in (True, False):
             chosen = [params[name] for name in sorted(group.names) if (params[name].ndim >= 2) == decay]
             if chosen:
@@ -77,13 +82,22 @@ def build_optimizer(adapted: Adapted, section: TrainSection, params: dict[str, n
                         "weight_decay": section.weight_decay if decay else 0.0,
                     }
                 )
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         groups,
         lr=section.learning_rate,
         betas=(section.adam_beta1, section.adam_beta2),
         eps=section.adam_epsilon,
         fused=True,
     )
+    if adapted.method == "adalora":
+        if total_steps is None:
+            raise AdapterError(
+                "AdaLoRA allocates its ranks over a known number of steps",
+                where="adapter.method",
+                do="pass total_steps to build_optimizer",
+            )
+        RankSchedule(adapted.model, total_steps).attach(optimizer)
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, scale: float) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,18 +18,29 @@ from typing import Any, Literal
 import torch
 
 from mmft.errors import ExportError
-from mmft.export.delta import Adapter, Update, open_adapter, resolve_updates
-from mmft.export.names import NameMap, map_names, meta_model
+from mmft.export.delta import Adapter, Update, open_adapter, resolve_updates, some
+from mmft.export.deltas.plain import Tokens
+from mmft.export.names import NameMap, left_ties, map_names, meta_model
 from mmft.export.produce import Change, Job, Producer
-from mmft.export.shards import INDEX, Output, Weights, index_json, parse_size, plan_shards, weight_files, write_shard
-from mmft.files import atomic_folder, remove_stale, require_free, write_json
+from mmft.export.shards import (
+    INDEX,
+    Output,
+    Weights,
+    index_json,
+    parse_size,
+    plan_shards,
+    row_blocks,
+    weight_files,
+    write_shard,
+)
+from mmft.export.sidefiles import copy_files, untied_config, write_config
+from mmft.export.writer import hashed_folder
+from mmft.files import remove_stale, require_free, write_json
 from mmft.recipe.schema import QuantizationSection
 
 REPORT = "merge_report.json"
 Onto = Literal["base", "dequantized"]
 _TYPES = ("float32", "bfloat16", "float16")
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
-_NOT_COPIED = (REPORT, "MANIFEST.json", "config.json")
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,7 @@ def merge_adapter(
         updates = resolve_updates(adapter, names)
         quantized = quantized_names(names, quantized_modules, updates)
         jobs, untied = plan_jobs(names, updates, weights, adapter=adapter, quantized=quantized, onto=onto)
+        untied = untie_all(base_folder, names, jobs, updates=updates, quantized=quantized, untied=untied)
         producer = Producer(
             adapter,
             weights,
@@ -105,11 +116,10 @@ def merge_adapter(
         total = sum(output.nbytes for output in outputs)
         require_free(out, total + (64 << 20), what=f"the merged model {out.name}")
         remove_stale(out.parent)
-        with atomic_folder(out) as folder:
-            files = _write_weights(folder, outputs, producer, limit=limit, progress=progress)
-            _copy_files(base_folder, folder)
-            _write_config(base_folder, folder, untie=bool(untied), dtype=dtype, outputs=outputs)
-            _check_untied(folder, untied)
+        with hashed_folder(out) as (folder, known):
+            files = _write_weights(folder, outputs, producer, known=known, limit=limit, progress=progress)
+            copy_files(base_folder, folder)
+            write_config(base_folder, folder, producer, untie=bool(untied), dtype=dtype, outputs=outputs)
             report = _report(
                 producer,
                 base=base_folder,
@@ -132,6 +142,7 @@ def _write_weights(
     outputs: Sequence[Output],
     producer: Producer,
     *,
+    known: dict[str, tuple[int, str]],
     limit: int,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[str, ...]:
@@ -147,7 +158,7 @@ def _write_weights(
                 progress(done, total)
 
     for file, members in shards.items():
-        write_shard(folder / file, members, pieces)
+        known[file] = write_shard(folder / file, members, pieces)
     if len(shards) > 1:
         write_json(folder / INDEX, index_json(shards))
     return tuple(shards)
@@ -200,7 +211,7 @@ def quantized_names(names: NameMap, modules: Sequence[str], updates: dict[str, U
                 do="merge into the base this adapter was trained on",
             )
         found.add(f"{resolved}.weight")
-    return frozenset(name for name in found if not (name in updates and updates[name].replace))
+    return frozenset(name for name in found if not (name in updates and updates[name].replaced))
 
 
 def plan_jobs(
@@ -230,14 +241,26 @@ def plan_jobs(
         group = members.get(key)
         changing = {*updates, *(quantized if onto == "dequantized" else ())}
         touched = changing.intersection(group.targets) if group else frozenset()
-        jobs[key] = Job(key, key, name, updates.get(name or ""), name in quantized, group, frozenset(touched))
+        on_disk = updates.get(key)
+        update = on_disk if on_disk is not None and on_disk.on_disk else updates.get(name or "")
+        if update is not None and update.on_disk and touched:
+            raise ExportError(
+                f"the adapter changes {key} in the checkpoint's layout and {', '.join(sorted(touched))} in memory's",
+                do="merge with peft's merge_and_unload",
+            )
+        jobs[key] = Job(key, key, name, update, name in quantized, group, frozenset(touched))
     grouped = {target for group in names.groups for target in group.targets}
-    lost = sorted(name for name in (*updates, *quantized) if name not in {*names.home, *grouped, *names.ties})
+    homes = {*names.home, *grouped, *names.ties, *(key for key, update in updates.items() if update.on_disk)}
+    lost = sorted(name for name in (*updates, *quantized) if name not in homes)
     if lost:
         raise ExportError(f"the base folder has no tensor for {', '.join(lost)}", do="give the whole base checkpoint")
     untied = []
     for target, source in names.ties.items():
         here, there = updates.get(target), updates.get(source)
+        if here is not None and there is None and _only_tokens(here) and source in names.home:
+            # peft trains the tokens of both ends together, whichever the config names
+            key = names.home[source]
+            jobs[key] = dataclasses.replace(jobs[key], update=here)
         quantized_apart = onto == "dequantized" and (target in quantized) != (source in quantized)
         if not quantized_apart and _same(here, there, adapter):
             continue
@@ -258,65 +281,60 @@ def plan_jobs(
 
 def _same(here: Update | None, there: Update | None, adapter: Adapter) -> bool:
     """Whether both ends of a tie get the same values (peft may save a tied module twice)."""
-    if here is None or there is None:
-        return here is there
-    if not (here.replace and there.replace) or here.lora or there.lora:
+    if all(update is None or _only_tokens(update) for update in (here, there)):
+        return here is None or there is None or _equal(here, there, adapter)
+    if here is None or there is None or len(here.steps) != 1 or len(there.steps) != 1:
         return False
-    return torch.equal(adapter.weights.read(here.replace), adapter.weights.read(there.replace))
+    return here.replaced and there.replaced and _equal(here, there, adapter)
 
 
-def _copy_files(base: Path, folder: Path) -> None:
-    for path in sorted((*base.iterdir(), *(base / "additional_chat_templates").glob("*.jinja"))):
-        plain = not path.name.startswith(".") and path.suffix not in (".py", ".pyc") and path.name not in _NOT_COPIED
-        if plain and path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
-            target = folder / path.relative_to(base)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)  # not its mode, and the file itself where a hub cache has a link
+def _only_tokens(update: Update) -> bool:
+    return all(isinstance(step, Tokens) for step in update.steps)
 
 
-def _write_config(base: Path, folder: Path, *, untie: bool, dtype: str | None, outputs: Sequence[Output]) -> None:
-    config = json.loads((base / "config.json").read_bytes())
-    if dtype is not None or not (config.get("dtype") or config.get("torch_dtype")):
-        sizes: dict[str, int] = {}
-        for output in outputs:
-            if output.dtype.is_floating_point:
-                name = str(output.dtype).removeprefix("torch.")
-                sizes[name] = sizes.get(name, 0) + output.nbytes
-        set_dtype(config, dtype or max(sizes, key=lambda name: sizes[name], default="float32"))
-    if untie:
-        _untie(config)
-        config["tie_word_embeddings"] = False
-    write_json(folder / "config.json", config)
+def _equal(here: Update, there: Update, adapter: Adapter) -> bool:
+    pairs = list(zip(here.keys, there.keys, strict=True))
+    if any(adapter.shape(one) != adapter.shape(other) for one, other in pairs):
+        return False
+    return all(
+        torch.equal(adapter.weights.read(one, start, stop), adapter.weights.read(other, start, stop))
+        for one, other in pairs
+        for start, stop in row_blocks(adapter.weights.entries[one])
+    )
 
 
-def set_dtype(config: dict[str, Any], dtype: str) -> None:
-    """Write the type of the weights into a config and those of its parts that state one."""
-    for value in config.values():
-        if isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
-            set_dtype(value, dtype)
-    config.pop("torch_dtype", None)
-    config["dtype"] = dtype
+def untie_all(
+    base: Path,
+    names: NameMap,
+    jobs: dict[str, Job],
+    *,
+    updates: dict[str, Update],
+    quantized: frozenset[str],
+    untied: tuple[str, ...],
+) -> tuple[str, ...]:
+    """Add jobs for all that the config's switch unties beside `untied`, the runtime names that need it; all of them.
 
-
-def _untie(config: dict[str, Any]) -> None:
-    if config.get("tie_word_embeddings"):
-        config["tie_word_embeddings"] = False
-    for value in config.values():
-        if isinstance(value, dict):
-            _untie(value)
-    if isinstance(config.get("text_config"), dict):
-        config["text_config"]["tie_word_embeddings"] = False  # its class may tie by default
-
-
-def _check_untied(folder: Path, untied: Sequence[str]) -> None:
-    if untied:
-        left = getattr(meta_model(folder), "all_tied_weights_keys", None) or {}
-        both = [name for name in untied if name in left or name in left.values()]
-        if both:
-            raise ExportError(
-                f"{', '.join(both)} cannot be untied in this model, so the adapter cannot be merged",
-                do="merge with peft's merge_and_unload",
-            )
+    `tie_word_embeddings` is one switch for every tie of a model, and a tensor whose tie is gone must be on disk.
+    Raises ExportError, before anything is written, when the model stays tied or such a tensor has no place on disk.
+    """
+    if not untied:
+        return ()
+    left = left_ties(base, untied_config(json.loads((base / "config.json").read_bytes())))
+    both = [name for name in untied if name in left or name in left.values()]
+    more = [name for name in names.ties if name not in untied and name not in left and names.ties[name] not in left]
+    apart = [name for name in more if names.ties[name] not in names.home]
+    if both or apart:
+        reason = "cannot be untied in this model" if both else "are converted by the loader and cannot be written apart"
+        raise ExportError(
+            f"the adapter does not do the same to both ends of {some(list(untied))}, which share their tensors, and "
+            f"{some(both or apart)} {reason}, so the adapter cannot be merged",
+            do="serve the base with the adapter, or train it on one of the two ends",
+        )
+    for name in more:
+        key, source = names.new_key(name), names.ties[name]
+        update = updates.get(name) or updates.get(source)  # tokens may be trained by either name
+        jobs[key] = Job(key, names.home[source], name, update, name in quantized, None)
+    return (*untied, *more)
 
 
 def _report(

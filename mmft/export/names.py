@@ -8,6 +8,7 @@ In transformers 5 a parameter's name in memory (`model.language_model.layers.0â€
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -26,8 +27,20 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from mmft.errors import ExportError
-from mmft.export.shards import Entry
+from mmft.backbones import classes
+from mmft.errors import BackboneError, ExportError
+from mmft.export.shards import Entry, view
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """`count` rows of a checkpoint tensor that are, in the same order, rows of a runtime tensor (see `shards.view`)."""
+
+    key: str
+    row: int
+    target: str
+    target_row: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -54,14 +67,39 @@ class NameMap:
     ties: dict[str, str]  # runtime name -> the runtime name it shares its tensor with, when only one is on disk
     shapes: dict[str, tuple[int, ...]]  # of everything in the runtime state dict
     mapping: list[Any] = field(repr=False)  # transformers' transforms, which remember whether this folder needed them
+    disk: dict[str, tuple[int, ...]] = field(repr=False, default_factory=dict)  # shapes of all checkpoint tensors
+    _segments: dict[str, tuple[Segment, ...] | None] = field(repr=False, default_factory=dict)
 
     def module(self, name: str) -> str | None:
         """The runtime name of a module that an adapter calls `name` (runtime or older checkpoint spelling)."""
-        for spelling in (lambda: name, lambda: self._renamed(f"{name}.weight").removesuffix(".weight")):
+        for candidate in (name, self._renamed(f"{name}.weight").removesuffix(".weight"), self._in_decoder(name)):
             with contextlib.suppress(AttributeError):
-                self.model.get_submodule(candidate := spelling())
+                self.model.get_submodule(candidate)
                 return candidate
         return None
+
+    def _in_decoder(self, name: str) -> str:
+        """A text-only model's name (`model.layers.0â€¦`) inside the language model of one that has more parts."""
+        decoder = None
+        with contextlib.suppress(NotImplementedError, AttributeError):
+            decoder = self.model.get_decoder()
+        prefix = next((n for n, module in self.model.named_modules() if n and module is decoder), "")
+        return f"{prefix}.{name.removeprefix('model.')}"
+
+    def tables(self) -> frozenset[str]:
+        """Runtime names of the parameters that have a row per token: input embeddings and head."""
+        ends = []
+        for ask in (self.model.get_input_embeddings, self.model.get_output_embeddings):
+            with contextlib.suppress(NotImplementedError, AttributeError):  # as upstream says that there is none
+                ends += [end] if (end := ask()) is not None else []
+        found = [name for name, module in self.model.named_modules() if any(module is end for end in ends)]
+        return frozenset(f"{name}.{leaf}" for name in found for leaf in ("weight", "bias"))
+
+    def segments(self, group: Group) -> tuple[Segment, ...] | None:
+        """How the rows of a group's checkpoint tensors lie in memory, None when whole rows do not stay together."""
+        if group.first not in self._segments:
+            self._segments[group.first] = _segments(group, self)
+        return self._segments[group.first]
 
     def parameter(self, name: str) -> str | None:
         """The runtime name of a parameter or buffer, from the runtime or an older checkpoint spelling."""
@@ -78,18 +116,33 @@ class NameMap:
                 return key
         raise ExportError(f"no checkpoint name was found for {name}", do="merge with peft's merge_and_unload")
 
+    def before(self, name: str) -> str:
+        """The name of a runtime parameter before transformers 4.52: the oldest spelling that the loader understands."""
+        reverse = _renamings(entry.reverse_transform() for entry in reversed(_renamings(self.mapping)))
+        found = [self.home.get(name, name), apply_renamings(name, reverse)]
+        tower = re.sub(r"(^|\.)(vision_tower)\.(?!vision_model\.)", r"\1\2.vision_model.", found[0])
+        for key in (tower, *found):
+            if key != name and self._renamed(key) == name:
+                return key
+        return name
+
     def _renamed(self, key: str) -> str:
         return _rename(key, self.mapping, self.model, shapes=self.shapes)[0]
 
 
 def model_class(folder: Path) -> Any:
-    """The class (or auto class) of a folder's config.json: the image-text one, else its `architectures`.
+    """The class of a folder's config.json: the one training loads, else one for text alone.
 
-    In this order because a tower-only `architectures` (`LlavaModel`) may still be trained with its head on.
+    Where `architectures` names a model without its head (`LlavaModel`), the image-text one, which may have been
+    trained on such a folder and knows its names too. Raises ExportError when transformers has no class for it.
     """
     config = _config(folder)
-    if type(config) in transformers.AutoModelForImageTextToText._model_mapping:
-        return transformers.AutoModelForImageTextToText
+    with contextlib.suppress(BackboneError):
+        found = classes.model_class(config)
+        mapping = transformers.AutoModel._model_mapping
+        headless = type(config) in mapping and mapping[type(config)] is found
+        with_head = transformers.AutoModelForImageTextToText
+        return with_head if headless and type(config) in with_head._model_mapping else found
     for name in getattr(config, "architectures", None) or ():
         found = getattr(transformers, str(name), None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
@@ -106,10 +159,19 @@ def model_class(folder: Path) -> Any:
 
 def meta_model(folder: Path) -> PreTrainedModel:
     """The model of a folder's config.json with weights on the meta device; ExportError when there is no such class."""
-    kind = model_class(folder)
+    return _on_meta(model_class(folder), _config(folder))
+
+
+def left_ties(folder: Path, values: dict[str, Any]) -> dict[str, str]:
+    """The ties that the folder's model has when its config.json holds `values`."""
+    config = type(_config(folder)).from_dict(values)
+    return dict(getattr(_on_meta(model_class(folder), config), "all_tied_weights_keys", None) or {})
+
+
+def _on_meta(kind: Any, config: Any) -> PreTrainedModel:
     build = kind._from_config if issubclass(kind, PreTrainedModel) else kind.from_config
     with torch.device("meta"):
-        return build(_config(folder))
+        return build(config)
 
 
 def _config(folder: Path) -> Any:
@@ -162,7 +224,8 @@ def map_names(model: PreTrainedModel, entries: Mapping[str, Entry]) -> NameMap:
             ties[target] = source
         elif source not in known and target in known:
             ties[source] = target
-    return NameMap(model, runtime, home, groups, tuple(unused), ties, shapes, mapping)
+    disk = {key: entry.shape for key, entry in entries.items()}
+    return NameMap(model, runtime, home, groups, tuple(unused), ties, shapes, mapping, disk)
 
 
 def _renamings(mapping: Iterable[Any]) -> list[WeightRenaming]:
@@ -198,6 +261,56 @@ def _group(
     except (RuntimeError, ValueError, NotImplementedError, KeyError, AttributeError, TypeError):
         targets = (first,)  # its values need real tensors; touched, it is refused by name
     return Group(first, keys, patterns, inner, converter, targets)
+
+
+def _segments(group: Group, names: NameMap) -> tuple[Segment, ...] | None:
+    """Sends row numbers instead of weights through the loader's converter and looks where they come out."""
+    if any(len(names.disk[key]) not in (1, 2, 3) for key in group.keys):
+        return None
+    numbers: dict[str, torch.Tensor] = {}
+    starts: list[tuple[int, str]] = []
+    total = 0
+    for key in group.keys:
+        shape = names.disk[key]
+        rows = view(shape, stacked=True)[0]
+        numbers[key] = (
+            torch.arange(total, total + rows).view(*shape[:-1], 1)
+            if len(shape) > 1
+            else torch.arange(total, total + rows)
+        )
+        starts.append((total, key))
+        total += rows
+    try:
+        found = load_group(group, numbers, names.model)
+    except (RuntimeError, ValueError, NotImplementedError, KeyError, AttributeError, TypeError, IndexError):
+        return None
+    segments: list[Segment] = []
+    for target, values in found.items():
+        shape = names.shapes.get(target, ())
+        wanted = (*shape[:-1], 1) if len(shape) > 1 else shape
+        if tuple(values.shape) != wanted or values.dtype != torch.int64:
+            return None
+        flat = values.reshape(-1)
+        cuts = [0, *((flat[1:] != flat[:-1] + 1).nonzero().view(-1) + 1).tolist(), len(flat)]
+        for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+            segments += _runs(target, first, int(flat[first]), last - first, starts=starts)
+    whole = sum(segment.count for segment in segments) == total
+    widths = all(names.disk[s.key][-1:] == names.shapes[s.target][-1:] or len(names.disk[s.key]) == 1 for s in segments)
+    distinct = len({(s.key, s.row) for s in segments}) == len(segments)
+    return tuple(segments) if whole and widths and distinct else None
+
+
+def _runs(target: str, row: int, number: int, count: int, *, starts: list[tuple[int, str]]) -> list[Segment]:
+    """A run of row numbers, cut where one checkpoint tensor ends and the next begins."""
+    found = []
+    bounds = [*(start for start, _ in starts), number + count]
+    for place, (start, key) in enumerate(starts):
+        first, last = max(number, start), min(number + count, max(bounds[place + 1], start))
+        if place == len(starts) - 1:
+            last = number + count
+        if first < last:
+            found.append(Segment(key, first - start, target, row + first - number, last - first))
+    return found
 
 
 def load_group(group: Group, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:

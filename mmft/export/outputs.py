@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 from mmft.errors import ExportError
+from mmft.export.delta import PLAIN, open_adapter
 from mmft.export.merge import Onto, merge_adapter
 from mmft.export.names import model_class
 from mmft.files import scratch_folder
@@ -61,9 +62,7 @@ def compare_outputs(
                 where=str(adapter_folder),
                 do="verify the run folder (mmft merge RUN), which loads it",
             )
-        adapter_model = PeftModel.from_pretrained(
-            kind.from_pretrained(base_folder, dtype=want_type), str(adapter_folder)
-        )
+        adapter_model = _adapted(kind.from_pretrained(base_folder, dtype=want_type), adapter_folder)
     trained = list(_logits(adapter_model, rows))
     del adapter_model
 
@@ -91,6 +90,17 @@ def compare_outputs(
             )
             second = judge(scratch / "other", other)
     return first, second
+
+
+def _adapted(model: nn.Module, folder: Path) -> nn.Module:
+    """The adapter of a folder on its base; a folder of trained weights goes in by the model's own names."""
+    adapter = open_adapter(folder)
+    with adapter.weights:
+        if adapter.method != PLAIN:
+            return PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
+        tensors = {name: adapter.weights.read(name) for name in adapter.weights.entries}
+    model.load_state_dict(tensors, strict=False)
+    return model
 
 
 def _dtype_of(model: nn.Module | None) -> str | None:

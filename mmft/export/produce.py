@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from mmft.errors import ExportError
-from mmft.export.delta import Adapter, Factors, Update
-from mmft.export.names import Group, NameMap, load_group, save_group
+from mmft.export.delta import Adapter, Update
+from mmft.export.deltas.base import WHOLE, Matrix
+from mmft.export.names import Group, NameMap, Segment, load_group, save_group
 from mmft.export.roundtrip import RoundTrip
-from mmft.export.shards import Entry, Output, Weights, as_bytes, row_blocks
+from mmft.export.shards import Entry, Output, Weights, as_bytes, blocks_of, row_blocks, view
 from mmft.recipe.schema import QuantizationSection
+
+Read = Callable[[int, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -91,18 +94,23 @@ class Producer:
         self.quantization, self.onto = quantization, onto
         self.changes: dict[str, Change] = {}
         self._held: tuple[str, dict[str, torch.Tensor]] | None = None
+        self._workers: dict[str, _Worker] = {}
 
     def output(self, job: Job) -> Output:
         """Name, type and shape of what the job writes."""
         entry = self.weights.entries[job.source]
-        return Output(job.key, self._type(entry), entry.shape)
+        shape = job.update.shape if job.update and job.update.shape else entry.shape
+        return Output(job.key, self._type(entry), shape)
 
     def pieces(self, output: Output) -> Iterator[memoryview]:
         """The bytes of one tensor."""
         job = self.jobs[output.name]
         entry = self.weights.entries[job.source]
         if job.group is not None and job.touched:
-            yield as_bytes(self._group(job.group, job.touched)[job.key])
+            if (segments := self._streamed(job)) is not None:
+                yield from self._moved(job, entry, segments)
+            else:
+                yield as_bytes(self._group(job.group, job.touched)[job.key])
         elif job.update is None and not job.quantized:
             if output.dtype == entry.dtype:
                 yield from self.weights.pieces(entry.name)
@@ -110,20 +118,65 @@ class Producer:
                 for start, stop in row_blocks(entry):
                     yield as_bytes(self.weights.read(entry.name, start, stop).to(output.dtype))
         else:
-            yield from self._merged(job, entry)
+            yield from self._merged(job, entry, output)
 
     def _type(self, entry: Entry) -> torch.dtype:
         return self.dtype if self.dtype is not None and entry.dtype.is_floating_point else entry.dtype
 
-    def _merged(self, job: Job, entry: Entry) -> Iterator[memoryview]:
-        def read(start: int, stop: int) -> torch.Tensor:
-            return self.weights.read(entry.name, start, stop).to(self._type(entry))
+    def _merged(self, job: Job, entry: Entry, output: Output) -> Iterator[memoryview]:
+        stacked = job.update is not None and job.update.stacked
+        rows, width = view(output.shape, stacked=stacked)
+        resized = output.shape != entry.shape
 
-        assert job.name is not None
-        worker = _Worker(self, job.name, update=job.update, entry=entry, read=read if job.quantized else None)
-        for start, stop in row_blocks(entry):
+        def read(start: int, stop: int) -> torch.Tensor:
+            if resized:  # the adapter brings the whole table; the base has no such rows
+                return torch.zeros(stop - start, width, dtype=output.dtype)
+            return self.weights.matrix(entry.name, start, stop, stacked=stacked).to(output.dtype)
+
+        name = job.name or job.key
+        worker = _Worker(self, name, update=job.update, read=read, size=(rows, width), trip=job.quantized)
+        for start, stop in blocks_of(rows, width):
             yield as_bytes(worker.rows(read(start, stop), start, stop))
-        self.changes[job.name] = worker.norms.change(job.name, job.key, worker.kind)
+        self.changes[name] = worker.norms.change(name, job.key, worker.kind)
+
+    def _streamed(self, job: Job) -> list[Segment] | None:
+        """The rows of this tensor in memory, when all that changes in its group can be done in pieces."""
+        assert job.group is not None
+        for name in job.touched:
+            update = self.updates.get(name)
+            plain = len(self.names.shapes[name]) < 3 or (update is not None and (update.stacked or update.replaced))
+            if name in self.quantized or not plain:
+                return None
+        segments = self.names.segments(job.group)
+        return None if segments is None else [segment for segment in segments if segment.key == job.key]
+
+    def _moved(self, job: Job, entry: Entry, segments: list[Segment]) -> Iterator[memoryview]:
+        assert job.group is not None
+        dtype = self._type(entry)
+        for segment in sorted(segments, key=lambda segment: segment.row):
+            worker = self._worker(segment.target, job) if segment.target in job.touched else None
+            width = view(entry.shape, stacked=True)[1]
+            for start, stop in blocks_of(segment.count, width):
+                rows = self.weights.matrix(entry.name, segment.row + start, segment.row + stop, stacked=True).to(dtype)
+                if worker is not None:
+                    first = segment.target_row + start
+                    rows = worker.rows(rows, first, first + stop - start)
+                yield as_bytes(rows)
+            if worker is not None:
+                keys = ", ".join(job.group.keys) if len(job.group.keys) < 9 else f"{len(job.group.keys)} tensors"
+                self.changes[segment.target] = worker.norms.change(segment.target, keys, worker.kind)
+
+    def _worker(self, name: str, job: Job) -> _Worker:
+        """One worker per runtime tensor while its checkpoint tensors are written; the last few are kept."""
+        if name not in self._workers:
+            while len(self._workers) > 3:  # its norms go on from what `changes` says when it comes back
+                del self._workers[next(iter(self._workers))]
+            size = view(self.names.shapes[name], stacked=True)
+            worker = _Worker(self, name, update=self.updates.get(name), read=_never, size=size)
+            if (before := self.changes.get(name)) is not None:
+                worker.norms = _Norms(before.weight_norm**2, before.delta_norm**2)
+            self._workers[name] = worker
+        return self._workers[name]
 
     def _group(self, group: Group, touched: frozenset[str]) -> dict[str, torch.Tensor]:
         if self._held is not None and self._held[0] == group.first:
@@ -137,80 +190,95 @@ class Producer:
             raise ExportError(
                 f"{', '.join(broken)}: the loader's conversion cannot be turned back, so the adapter on "
                 f"{', '.join(sorted(touched))} cannot be merged by streaming",
-                do="merge with peft's merge_and_unload",
+                do=WHOLE,
             )
         for name in sorted(touched):
-            whole = memory[name].clone()
-            entry = Entry(name, self.weights.entries[group.keys[0]].file, whole.dtype, tuple(whole.shape), 0, 0)
+            update = self.updates.get(name)
+            whole = memory[name]
+            size = view(tuple(whole.shape), stacked=update is not None and update.stacked)
+            flat = whole.reshape(size)
 
-            def read(start: int, stop: int, whole: torch.Tensor = whole) -> torch.Tensor:
-                return whole[start:stop]
+            def read(start: int, stop: int, flat: torch.Tensor = flat) -> torch.Tensor:
+                return flat[start:stop].clone()
 
-            worker = _Worker(
-                self,
-                name,
-                update=self.updates.get(name),
-                entry=entry,
-                read=read if name in self.quantized else None,
-            )
-            merged = [worker.rows(whole[start:stop].clone(), start, stop) for start, stop in row_blocks(entry)]
-            memory[name] = torch.cat(merged) if whole.ndim else merged[0]
+            worker = _Worker(self, name, update=update, read=read, size=size, trip=name in self.quantized)
+            merged = [worker.rows(read(start, stop), start, stop) for start, stop in blocks_of(*size)]
+            memory[name] = torch.cat(merged).reshape(whole.shape)
             self.changes[name] = worker.norms.change(name, ", ".join(group.keys), worker.kind)
         self._held = (group.first, save_group(group, memory, self.names.model))
         return self._held[1]
 
 
 class _Worker:
-    """What happens to the rows of one runtime parameter."""
+    """What happens to the rows of one parameter."""
 
-    def __init__(self, producer: Producer, name: str, *, update: Update | None, entry: Entry, read: object) -> None:
-        self.name, self.update, self.adapter = name, update, producer.adapter
+    def __init__(
+        self,
+        producer: Producer,
+        name: str,
+        *,
+        update: Update | None,
+        read: Read,
+        size: tuple[int, int],
+        trip: bool = False,
+    ) -> None:
+        self.name, self.update = name, update
         self.norms = _Norms()
         self.dequantize = producer.onto == "dequantized"
-        self.factors = Factors(producer.adapter, update.lora) if update and update.lora else None
         self.trip = None
-        if read is not None and producer.quantization is not None:
-            self.trip = RoundTrip(read, row_blocks(entry), producer.quantization)  # type: ignore[arg-type]
+        if trip and producer.quantization is not None:
+            self.trip = RoundTrip(read, blocks_of(*size), producer.quantization)
             self.norms.lost = 0.0
+        self.steps: list = []
+        source = Matrix(*size, read=self._seen(read), blocks=lambda: blocks_of(*size))
+        for step in update.steps if update is not None else ():
+            done = step.open(producer.adapter, source)
+            self.steps.append(done)
+            source = replace(source, read=_after(source.read, done))
+
+    def _seen(self, read: Read) -> Read:
+        trip = self.trip
+        return trip.rows if trip is not None and self.dequantize else read
 
     @property
     def kind(self) -> str:
+        """A word for the report."""
         if self.update is None:
             return "dequantized" if self.dequantize else "measured"
-        parts = (
-            "replaced" if self.update.replace else "",
-            "lora" if self.factors else "",
-            "bias" if self.update.bias else "",
-        )
-        return "+".join(part for part in parts if part)
+        return self.update.kind
 
     def rows(self, weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """The merged rows; `weight` may be changed in place."""
-        dtype, norms = weight.dtype, self.norms
-        norms.weight += _square(weight)
+        norms = self.norms
+        size = _square(weight)
+        norms.weight += size
+        bound, limit = size**0.5, torch.finfo(weight.dtype).max / 2 if weight.is_floating_point() else 0.0
         if self.trip is not None:
             seen = self.trip.rows(start, stop)
             norms.lost = (norms.lost or 0.0) + _square(seen.float() - weight.float())
             weight = seen if self.dequantize else weight
-        update = self.update
-        if update is not None and update.replace:
-            fresh = self.adapter.weights.read(update.replace, start, stop).to(dtype)
-            norms.delta += _square(fresh.float() - weight.float())
-            weight = fresh
-        if self.factors is not None:
-            weight, delta = self.factors.merge(weight, start, stop)
-            norms.delta += _square(delta)
-        if update is not None and update.bias:
-            key, scaling = update.bias
-            delta = self.adapter.factor(key)[start:stop] * scaling
-            weight += delta
-            norms.delta += _square(delta)
-        if update is not None and weight.is_floating_point() and not torch.isfinite(weight).all():
+        for step in self.steps:
+            weight, delta = step(weight, start, stop)
+            size = _square(delta)
+            norms.delta += size
+            bound += size**0.5
+        # No value is larger than the norms together; only where these tell nothing is each looked at.
+        if self.steps and weight.is_floating_point() and not (bound < limit or torch.isfinite(weight).all()):
             raise ExportError(f"{self.name} is not finite after the merge", do="merge into float32 or bfloat16")
         return weight
 
 
+def _after(read: Read, step: Callable) -> Read:
+    return lambda start, stop: step(read(start, stop), start, stop)[0]
+
+
+def _never(start: int, stop: int) -> torch.Tensor:
+    raise ExportError(
+        "a table whose scale depends on whole columns is converted in pieces by the loader",
+        do=WHOLE,
+    )
+
+
 def _square(tensor: torch.Tensor) -> float:
-    if not tensor.is_floating_point():
-        tensor = tensor.float()
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float32)) ** 2
+    tensor = tensor if tensor.dtype == torch.float64 else tensor.float()  # norms of 16-bit types take thrice the time
+    return float(torch.linalg.vector_norm(tensor)) ** 2

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from mmft.errors import ExportError
+from mmft.export.writer import HashingWriter
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-BLOCK_ELEMENTS = 4 << 20  # elements of a row block: 16 MiB in float32
-_COPY_BYTES = 4 << 20
+BLOCK_ELEMENTS = 512 << 10  # elements of a row block: 2 MiB in float32, so that a few stay in the cache
+_COPY_BYTES = 1 << 20
 _HEADER_LIMIT = 100_000_000  # the reference implementation's own limit
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -120,6 +121,13 @@ class Weights:
         flat = self._bytes(entry, start * width, (stop - start) * width)
         return flat.view(entry.dtype).reshape(stop - start, *entry.shape[1:])
 
+    def matrix(self, name: str, start: int, stop: int, *, stacked: bool = False) -> torch.Tensor:
+        """Rows `start:stop` of the tensor seen as a matrix (see `view`), as a new tensor (stop - start, width)."""
+        entry = self.entries[name]
+        width = view(entry.shape, stacked=stacked)[1]
+        size = width * entry.dtype.itemsize
+        return self._bytes(entry, start * size, (stop - start) * size).view(entry.dtype).reshape(-1, width)
+
     def pieces(self, name: str) -> Iterator[memoryview]:
         """The raw bytes of a tensor, a few MB at a time."""
         entry = self.entries[name]
@@ -141,6 +149,18 @@ class Weights:
                 )
             done += got
         return buffer
+
+
+def view(shape: tuple[int, ...], *, stacked: bool = False) -> tuple[int, int]:
+    """(rows, width) of a tensor seen as a matrix: `(n,)` is (n, 1), a kernel (out, in, kh, kw) is (out, in·kh·kw).
+
+    `stacked` takes all axes but the last into the rows: experts (E, a, b) are (E·a, b).
+    """
+    if not shape:
+        return 1, 1
+    if stacked and len(shape) > 1:
+        return math.prod(shape[:-1]), shape[-1]
+    return shape[0], math.prod(shape[1:])
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -226,18 +246,23 @@ def _entry(file: Path, name: str, info: Mapping[str, object], base: int) -> Entr
 
 
 def row_blocks(entry: Entry, elements: int | None = None) -> Iterator[tuple[int, int]]:
-    """`(start, stop)` of row blocks of about `elements` elements.
+    """`blocks_of` a tensor's first axis."""
+    yield from blocks_of(entry.rows, entry.row_elements, elements)
+
+
+def blocks_of(rows: int, width: int, elements: int | None = None) -> Iterator[tuple[int, int]]:
+    """`(start, stop)` of blocks of rows of about `elements` elements.
 
     All have a multiple of 64 rows but the last, which has at least 64: BLAS then gives each row the very bits it has
     in the whole product (thin blocks take other kernels), and no 4-bit quantization block is cut.
     """
     elements = BLOCK_ELEMENTS if elements is None else elements
-    step = max(64, elements // max(1, entry.row_elements) // 64 * 64)
+    step = max(64, elements // max(1, width) // 64 * 64)
     start = 0
-    while start < entry.rows:
+    while start < rows:
         stop = start + step
-        if entry.rows - stop < 64:
-            stop = entry.rows
+        if rows - stop < 64:
+            stop = rows
         yield start, stop
         start = stop
 
@@ -274,10 +299,13 @@ def plan_shards(outputs: Iterable[Output], max_bytes: int) -> dict[str, list[Out
     return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, 1)}
 
 
-def write_shard(path: Path, outputs: Sequence[Output], produce: Callable[[Output], Iterator[memoryview]]) -> None:
-    """Write one safetensors file, header first, each tensor as `produce` yields its bytes.
+def write_shard(
+    path: Path, outputs: Sequence[Output], produce: Callable[[Output], Iterator[memoryview]]
+) -> tuple[int, str]:
+    """Write one safetensors file, header first, each tensor as `produce` yields its bytes; its size and sha256.
 
-    Tensors are laid out by falling element size, so that all stay aligned. Raises ExportError when `produce` yields
+    Tensors are laid out by falling element size, so that all stay aligned. A second thread writes and hashes, so
+    that reading and computing go on meanwhile; it syncs the file in the end. Raises ExportError when `produce` yields
     another number of bytes than the output's shape needs.
     """
     ordered = sorted(outputs, key=lambda output: -output.dtype.itemsize)  # stable
@@ -292,17 +320,19 @@ def write_shard(path: Path, outputs: Sequence[Output], produce: Callable[[Output
         at += output.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("xb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+    with HashingWriter(path) as writer:
+        writer.write(memoryview(len(text).to_bytes(8, "little") + text))
         for output in ordered:
             written = 0
             for piece in produce(output):
-                written += stream.write(piece)
+                writer.write(piece)
+                written += len(piece)
             if written != output.nbytes:
                 raise ExportError(
                     f"tensor {output.name}: {written} bytes came, {output.nbytes} were planned",
                     do="report this; the base's files may have changed meanwhile",
                 )
+    return writer.size, writer.sha256
 
 
 def index_json(shards: Mapping[str, Sequence[Output]]) -> dict[str, object]:

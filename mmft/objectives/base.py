@@ -6,8 +6,10 @@ count of the whole step over all micro-batches and ranks. A mean of means would 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -34,4 +36,33 @@ class Objective(Protocol):
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """One forward. `model` may be wrapped for distribution; it is called, never reached into."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What an objective that takes a whole optimizer step at once is told about it.
+
+    `count`: the step's divisor over all ranks; `seeds`: one for the dropout of each micro-batch of this rank; `place`
+    moves a batch to the device and type of the model; `autocast` opens the forward's precision.
+    """
+
+    count: float
+    seeds: tuple[int, ...]
+    place: Callable[[Batch], Batch]
+    autocast: Callable[[], AbstractContextManager[Any]]
+    rank: int = 0
+    world: int = 1
+
+
+@runtime_checkable
+class StepObjective(Protocol):
+    """An objective whose loss is no sum over micro-batches: it makes the gradients of a step itself."""
+
+    def backward(self, model: nn.Module, micros: Sequence[Batch], step: StepContext) -> dict[str, float]:
+        """Gradients of the step into the trained parameters, summed over ranks; this rank's sums of loss and logs."""
+        ...
+
+    def settle(self, weights: Mapping[str, Tensor]) -> None:
+        """Bring trained weights (by name, in float32) back into their bounds after an update, in place."""
         ...

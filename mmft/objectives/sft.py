@@ -22,11 +22,16 @@ from mmft.objectives.base import Loss
 
 
 @contextmanager
-def head_on_rows(head: nn.Module, rows: Tensor) -> Iterator[None]:
-    """While open, `head` sees only the hidden states where `rows` (batch, length) is true, as (1, n, hidden)."""
+def head_on_rows(head: nn.Module, rows: Tensor, *, ahead: int = 0) -> Iterator[None]:
+    """While open, `head` sees only the hidden states where `rows` (batch, length) is true, as (1, n, hidden).
+
+    `ahead` states stand before those of the tokens: the virtual tokens of prompt tuning.
+    """
 
     def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0]
+        if ahead:
+            hidden = hidden[:, ahead:]
         if hidden.shape[:2] != rows.shape:
             raise BackboneError(
                 f"the vocabulary head gets hidden states of shape {tuple(hidden.shape[:2])} for tokens of shape "
@@ -45,12 +50,14 @@ def head_on_rows(head: nn.Module, rows: Tensor) -> Iterator[None]:
 
 
 class SftObjective:
-    """Cross-entropy of supervised tokens; `head` is the model's output embeddings."""
+    """Cross-entropy of supervised tokens; `head` is the model's output embeddings, `ahead` the number of virtual
+    tokens that an adapter puts before the text."""
 
     name = "sft"
 
-    def __init__(self, *, head: nn.Module, label_smoothing: float = 0.0) -> None:
+    def __init__(self, *, head: nn.Module, label_smoothing: float = 0.0, ahead: int = 0) -> None:
         self.head = head
+        self.ahead = ahead
         self.label_smoothing = label_smoothing
 
     def count(self, batch: Batch) -> int:
@@ -61,7 +68,7 @@ class SftObjective:
         """`Loss(sum, count)` of one forward; `logs["correct"]` counts greedy hits."""
         targets = batch.labels[:, 1:]
         rows = F.pad(targets != IGNORED, (0, 1), value=False)
-        with head_on_rows(self.head, rows):
+        with head_on_rows(self.head, rows, ahead=self.ahead):
             logits = model(**batch.inputs, use_cache=False).logits
         wanted = targets[targets != IGNORED]
         scores = logits.reshape(-1, logits.shape[-1]).float()

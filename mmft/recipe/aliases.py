@@ -6,6 +6,8 @@ section it belongs to; most are also understood flat, at the top level of a reci
 
 from __future__ import annotations
 
+from typing import Any
+
 SECTIONS = {
     "training": "train",
     "trainer": "train",
@@ -64,6 +66,29 @@ KEYS: dict[str, dict[str, str]] = {
         "rslora": "use_rslora",
         "lora_use_rslora": "use_rslora",
         "peft_use_rslora": "use_rslora",
+        "dora": "use_dora",
+        "lora_use_dora": "use_dora",
+        "peft_use_dora": "use_dora",
+        "peft_init_lora_weights": "init_lora_weights",
+        "lora_init": "init_lora_weights",
+        "init_weights": "init_lora_weights",
+        "lorap_lr_ratio": "loraplus_lr_ratio",
+        "lora_plus_lr_ratio": "loraplus_lr_ratio",
+        "boft_block_size": "oft_block_size",
+        "prompt_length": "num_virtual_tokens",
+        "prefix_length": "num_virtual_tokens",
+        "adapter_size": "bottleneck_size",
+        "bottleneck_dim": "bottleneck_size",
+        "layers_to_transform": "layers",
+        "peft_layers_to_transform": "layers",
+        "exclude_modules": "exclude",
+        "lora_modules_to_save": "modules_to_save",
+        "additional_target": "modules_to_save",
+        "lora_additional_target": "modules_to_save",
+        "adapter_name_or_path": "init_from",
+        "lora_model_dir": "init_from",
+        "adapter_path": "init_from",
+        "resume_adapter": "init_from",
     },
     "data": {
         "dataset": "train",
@@ -199,6 +224,9 @@ SOURCE = {
 }
 """Keys of one data set."""
 
+PART_MODES = {"adapter": "lora", "train": "full", "trainable": "full", "freeze": "frozen"}
+"""Words for the mode of one entry of `adapter.parts`."""
+
 PART = {"r": "lora_rank", "rank": "lora_rank", "alpha": "lora_alpha", "lr": "learning_rate", "train": "mode"}
 """Keys of one entry of `adapter.parts`."""
 
@@ -230,7 +258,23 @@ WORDS: dict[str, dict[str, str]] = {
     "model.dtype": _DTYPES,
     "quantization.bnb_4bit_compute_dtype": _DTYPES,
     "export.dtype": _DTYPES,
-    "adapter.method": {"full_finetune": "full", "full_parameter": "full", "fft": "full", "LORA": "lora"},
+    "adapter.method": {
+        "full_finetune": "full",
+        "full_parameter": "full",
+        "fft": "full",
+        "freeze": "full",
+        "(ia)3": "ia3",
+        "layernorm": "ln_tuning",
+        "bias": "bitfit",
+        "houlsby": "bottleneck",
+        "prompt_tuning": "prompt",
+        "prefix_tuning": "prefix",
+        **{name.upper(): name for name in ("lora", "adalora", "vera", "oft", "boft", "loha", "lokr", "ia3")},
+        "LN_TUNING": "ln_tuning",
+        "PROMPT_TUNING": "prompt",
+        "PREFIX_TUNING": "prefix",
+    },
+    "adapter.init_lora_weights": {"true": "default", "kaiming": "default", "OLoRA": "olora", "EVA": "eva"},
     "model.attn_implementation": {
         "flash_attn": "flash_attention_2",
         "flash_attn_2": "flash_attention_2",
@@ -248,7 +292,23 @@ WORDS: dict[str, dict[str, str]] = {
 }
 """Other tools' words for a value."""
 
+MEANS: dict[str, dict[str, tuple[str, Any]]] = {
+    "adapter.method": {
+        "qlora": ("quantization.load_in_4bit", True),
+        "dora": ("adapter.use_dora", True),
+        "rslora": ("adapter.use_rslora", True),
+        "pissa": ("adapter.init_lora_weights", "pissa"),
+        "olora": ("adapter.init_lora_weights", "olora"),
+        "eva": ("adapter.init_lora_weights", "eva"),
+        "loftq": ("adapter.init_lora_weights", "loftq"),
+    },
+}
+"""Words for a method that mean LoRA and one more field."""
+
 ADAMW = ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf")
+
+OWN = ("quantization_bit", "quant_bits", "optim", "optimizer", "freeze_trainable_layers", "pissa_init")
+"""Keys whose value decides which field they mean."""
 
 _CODE = "mmft never runs code from a model folder; delete the line"
 _TEMPLATE = "the processor's own chat template is used; delete the line"
@@ -269,7 +329,17 @@ REFUSED = {
     "freeze_aligner": _FROZEN,
     "freeze_multi_modal_projector": _FROZEN,
     "lora_target_linear": "write adapter.targets: all-linear",
-    "modules_to_save": "write adapter.parts: {PART: {mode: full}}",
+    "pissa_convert": "an adapter is always saved for the base as it was; delete the line",
+    "pissa_iter": "write adapter.init_lora_weights: pissa_niter_N",
+    "loftq_config": "write adapter.init_lora_weights: loftq; the bits are those of the quantization",
+    "eva_config": "write adapter.init_lora_weights: eva",
+    "trainable_token_indices": "single rows of the token table cannot be trained; delete the line",
+    "target_parameters": "experts are part of the mlp; write adapter.targets: [language.mlp]",
+    "loraplus_lr_embedding": "the token table has no adapter; delete the line",
+    "loraplus_weight_decay": "write train.weight_decay",
+    "freeze_trainable_modules": "write adapter.targets: the parts that are trained",
+    "freeze_extra_modules": "write adapter.modules_to_save",
+    "create_new_adapter": "merge the first adapter, and name the merged folder in model.name_or_path",
     "do_train": "mmft train always trains; delete the line",
     "do_eval": "evaluation runs when data.eval is given; delete the line",
     "eval_strategy": "write train.eval_steps: N; 0 evaluates only at the end",

@@ -4,42 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from mmft.errors import Problem, choices
+from mmft.errors import Problem
+from mmft.recipe.check_adapter import ADAPTER_RULES, missing_adapter, on_quantized, part_modes, targets, unread_fields
+from mmft.recipe.check_objective import OBJECTIVE_RULES
 from mmft.recipe.nodes import Node
 from mmft.recipe.ondisk import Finding, is_below_file, missing_model, missing_sources
+from mmft.recipe.rules import PARTS, SUBPARTS, Rule, quantized, target_parts
 from mmft.recipe.schema import DataSource, Recipe
 
-PARTS = ("vision", "audio", "projector", "cross_attention", "language", "head")
-SUBPARTS = ("attention", "mlp", "norm", "embedding", "other")
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """`broken(recipe)` true means: report `what` at `field`, unless one of `reads` is wrong by itself.
-
-    `what` may name sections: `{train.eval_steps}`.
-    """
-
-    field: str
-    reads: tuple[str, ...]
-    broken: Callable[[Recipe], bool]
-    what: str
-    do: str
-    allowed: str | None = None
-
-
-def quantized(recipe: Recipe) -> bool:
-    """Whether any part of the base is quantized."""
-    return recipe.quantization.load_in_4bit or recipe.quantization.load_in_8bit
-
-
-def target_parts(recipe: Recipe) -> list[str]:
-    """The parts that `adapter.targets` names, in the order of the targets."""
-    names = ("language" if target == "all-linear" else target.split(".")[0] for target in recipe.adapter.targets)
-    return list(dict.fromkeys(names))
+__all__ = ["LIST_RULES", "PARTS", "RULES", "SUBPARTS", "Rule", "check", "quantized", "source_name", "target_parts"]
 
 
 def _watches_eval(recipe: Recipe) -> bool:
@@ -131,21 +106,6 @@ RULES: tuple[Rule, ...] = (
         "write model.dtype: bfloat16, or train.bf16: false",
     ),
     Rule(
-        "model.dtype",
-        ("model.dtype", "adapter.method"),
-        lambda r: r.adapter.method == "full" and r.model.dtype == "float16",
-        "adapter.method: full, but model.dtype is float16: its updates underflow",
-        "write model.dtype: float32 or bfloat16",
-    ),
-    Rule(
-        "adapter.targets",
-        ("adapter.targets", "adapter.parts"),
-        lambda r: not r.adapter.targets and not any(part.mode == "full" for part in r.adapter.parts.values()),
-        "adapter.targets: empty, so nothing would be trained",
-        "name a part, for example language.attention",
-        ", ".join(PARTS),
-    ),
-    Rule(
         "data.train",
         ("data.train",),
         lambda r: not r.data.train,
@@ -186,53 +146,9 @@ RULES: tuple[Rule, ...] = (
         "train.output_dir: '{train.output_dir}' is, or is below, a file",
         "name a folder",
     ),
+    *ADAPTER_RULES,
+    *OBJECTIVE_RULES,
 )
-
-
-def _targets(recipe: Recipe) -> Iterator[Finding]:
-    allowed = [*PARTS, "language.attention", "language.mlp", "vision.attention", "vision.mlp", "all-linear"]
-    for index, target in enumerate(recipe.adapter.targets):
-        part, _, sub = target.partition(".")
-        if target != "all-linear" and (part not in PARTS or (sub and sub not in SUBPARTS) or target.endswith(".")):
-            module = target.endswith(("_proj", "_linear", "proj")) or target in ("qkv", "query_key_value", "fc1", "fc2")
-            do = "name parts, not modules, for example language.attention" if module else "correct the target"
-            yield Finding(
-                f"adapter.targets.{index}",
-                f"adapter.targets.{index}: {target[:80]!r} is not a part",
-                do,
-                choices(allowed, word=None if module else target),
-            )
-
-
-def _part_modes(recipe: Recipe) -> Iterator[Finding]:
-    adapter, targets = recipe.adapter, target_parts(recipe)
-    for part, own in adapter.parts.items():
-        field = f"adapter.parts.{part}"
-        if own.mode == "frozen" and part in targets:
-            yield Finding(field, f"{field}: frozen, but adapter.targets names {part}", "keep one of the two")
-        if own.mode == "lora" and part not in targets:
-            yield Finding(
-                field,
-                f"{field}: no effect, since adapter.targets does not name {part}",
-                f"add {part} to adapter.targets",
-            )
-        if (own.mode != "lora" or adapter.method == "full") and (own.lora_rank or own.lora_alpha):
-            why = f"its mode is {own.mode}" if own.mode != "lora" else "adapter.method is full"
-            yield Finding(field, f"{field}: lora_rank and lora_alpha have no effect: {why}", "delete them")
-
-
-def _full_on_quantized(recipe: Recipe) -> Iterator[Finding]:
-    if not quantized(recipe):
-        return
-    parts, modes = recipe.quantization.parts, {str(part): own.mode for part, own in recipe.adapter.parts.items()}
-    do = "train it by lora, or take it out of quantization.parts"
-    if recipe.adapter.method == "full":
-        for part in target_parts(recipe):
-            if part in parts and modes.get(part, "lora") == "lora":
-                yield Finding("adapter.method", f"adapter.method: full, but {part} is quantized", do)
-    for part, mode in modes.items():
-        if mode == "full" and part in parts:
-            yield Finding(f"adapter.parts.{part}", f"adapter.parts.{part}: mode full, but {part} is quantized", do)
 
 
 def source_name(source: DataSource) -> str:
@@ -253,6 +169,8 @@ def _same_names(recipe: Recipe) -> Iterator[Finding]:
 def _repeats(recipe: Recipe) -> Iterator[Finding]:
     lists: dict[str, Sequence[str]] = {
         "adapter.targets": recipe.adapter.targets,
+        "adapter.exclude": recipe.adapter.exclude,
+        "adapter.modules_to_save": recipe.adapter.modules_to_save,
         "evaluate.models": recipe.evaluate.models,
         "evaluate.metrics": recipe.evaluate.metrics,
         "quantization.parts": recipe.quantization.parts,
@@ -263,13 +181,15 @@ def _repeats(recipe: Recipe) -> Iterator[Finding]:
 
 
 LIST_RULES: tuple[tuple[tuple[str, ...], Callable[[Recipe], Iterator[Finding]]], ...] = (
-    (("adapter.targets",), _targets),
-    (("adapter.parts", "adapter.targets"), _part_modes),
-    (("adapter.parts", "adapter.targets", "adapter.method", "quantization"), _full_on_quantized),
+    (("adapter.targets", "adapter.method"), targets),
+    (("adapter.parts", "adapter.targets", "adapter.method"), part_modes),
+    (("adapter.method",), unread_fields),
+    (("adapter.init_from", "adapter.method"), missing_adapter),
+    (("adapter.parts", "adapter.targets", "adapter.method", "quantization"), on_quantized),
     (("data.train", "data.eval"), missing_sources),
     (("data.eval",), _same_names),
     (("model.name_or_path",), missing_model),
-    (("adapter.targets", "evaluate.models", "evaluate.metrics", "quantization.parts"), _repeats),
+    (("adapter", "evaluate.models", "evaluate.metrics", "quantization.parts"), _repeats),
 )
 
 

@@ -59,6 +59,7 @@ def dump_recipe(recipe: Recipe) -> str:
     for source in (*data["data"]["train"], *data["data"]["eval"]):
         for key in ("path", "media_root"):
             source[key] = _absolute(source[key])
+    data["adapter"]["init_from"] = _absolute(data["adapter"]["init_from"])
     data["model"]["name_or_path"] = _absolute(data["model"]["name_or_path"])
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
 

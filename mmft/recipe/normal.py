@@ -73,7 +73,7 @@ class _Layer:
             self.section(aliases.SECTIONS[name], node)
         elif name in Recipe.model_fields or name == "extends":
             self.top[name] = node
-        elif name in flat() or name in ("quantization_bit", "quant_bits", "optim", "optimizer"):
+        elif name in flat() or name in aliases.OWN:
             section, field = flat().get(name, ("train", name))
             self.put(section, field, node, spelled=key)
         elif name in aliases.REFUSED:
@@ -107,7 +107,7 @@ class _Layer:
             elif (section, name) in aliases.ELSEWHERE:
                 other, _, field = aliases.ELSEWHERE[section, name].partition(".")
                 self.put(other, field, child, spelled=f"{section}.{key}")
-            elif name in ("quantization_bit", "quant_bits", "optim", "optimizer"):
+            elif name in aliases.OWN:
                 self.put(section, name, child, spelled=f"{section}.{key}")
             elif name in aliases.REFUSED:
                 self.refuse(f"{section}.{key}", name, child)
@@ -129,9 +129,18 @@ class _Layer:
         if field in ("optim", "optimizer"):
             self.optimizer(node, spelled)
             return
+        if field == "freeze_trainable_layers":
+            self.freeze(node, spelled)
+            return
+        if field == "pissa_init":
+            if node.value is not False:
+                self.put("adapter", "init_lora_weights", node.with_value("pissa"), spelled=spelled)
+            return
         dotted = f"{section}.{field}"
-        if dotted == "adapter.method" and node.value == "qlora":
-            self.put("quantization", "load_in_4bit", node.with_value(True), spelled=f"{spelled}: qlora")
+        more = aliases.MEANS.get(dotted, {}).get(node.value) if isinstance(node.value, str) else None
+        if more is not None:
+            owner, _, name = more[0].partition(".")
+            self.put(owner, name, node.with_value(more[1]), spelled=f"{spelled}: {node.value}")
             node = node.with_value("lora")
         self.open(section, node)
         if field in self.fields[section]:
@@ -151,6 +160,17 @@ class _Layer:
             do = "write 4 or 8, or delete the line"
             self.problems.append(Problem(f"{spelled}: {node.value!r} is not allowed", node.where, "4, 8", do))
 
+    def freeze(self, node: Node, spelled: str) -> None:
+        """LLaMA-Factory's number of layers that are trained: the last ones, or with a minus the first ones."""
+        number = node.value
+        if not isinstance(number, int) or isinstance(number, bool) or number == 0:
+            do = "write adapter.layers: last:2, or delete the line for all layers"
+            what = f"{spelled}: {str(number)[:80]} is not allowed"
+            self.problems.append(Problem(what, node.where, "a whole number, not 0", do))
+            return
+        words = f"last:{number}" if number > 0 else f"first:{-number}"
+        self.put("adapter", "layers", node.with_value(words), spelled=spelled)
+
     def optimizer(self, node: Node, spelled: str) -> None:
         if node.value not in aliases.ADAMW:
             allowed = choices(aliases.ADAMW, word=str(node.value))
@@ -167,6 +187,12 @@ def _value(section: str, field: str, node: Node) -> Node:
         return node.with_value([])
     if field == "targets":
         return _targets(node)
+    if field == "init_lora_weights" and node.value is True:
+        return node.with_value("default")
+    if field == "layers":
+        return _layers(node)
+    if field in ("exclude", "modules_to_save") and isinstance(node.value, str):
+        return _words(node)
     kind = bare(sections()[section].model_fields[field].annotation)
     inner = bare(get_args(kind)[0]) if get_origin(kind) is tuple else None
     if inner is DataSource:
@@ -181,10 +207,23 @@ def _listed(node: Node) -> Node:
     return node.with_value([replace(node)]) if single and not node.bad else node
 
 
+def _layers(node: Node) -> Node:
+    """Layer numbers (peft's `layers_to_transform`) as the text `0,3`."""
+    numbers = node.value if isinstance(node.value, list) else [node]
+    values = [entry.value for entry in numbers]
+    if values and all(isinstance(value, int) and not isinstance(value, bool) for value in values):
+        return node.with_value(",".join(str(value) for value in values))
+    return node
+
+
+def _words(node: Node) -> Node:
+    words = [word.strip() for word in str(node.value).split(",") if word.strip()]
+    return node.with_value([Node(word, node.where) for word in words])
+
+
 def _targets(node: Node) -> Node:
     if isinstance(node.value, str):
-        words = [word.strip() for word in node.value.split(",") if word.strip()]
-        node = node.with_value([Node(word, node.where) for word in words])
+        node = _words(node)
     if isinstance(node.value, list):
         everything = ("all", "all_linear", "all-linear")
         return node.with_value([n.with_value("all-linear") if n.value in everything else n for n in node.value])
@@ -207,8 +246,16 @@ def _source(node: Node) -> Node:
 
 def _part(node: Node) -> Node:
     if isinstance(node.value, str):
-        return node.with_value({"mode": node})
-    return _renamed(node, aliases.PART, PartAdapter)
+        return node.with_value({"mode": _mode(node)})
+    renamed = _renamed(node, aliases.PART, PartAdapter)
+    if isinstance(renamed.value, dict) and "mode" in renamed.value:
+        return renamed.with_value({**renamed.value, "mode": _mode(renamed.value["mode"])})
+    return renamed
+
+
+def _mode(node: Node) -> Node:
+    word = aliases.PART_MODES.get(node.value) if isinstance(node.value, str) else None
+    return node if word is None else node.with_value(word)
 
 
 def _renamed(node: Node, spellings: dict[str, str], kind: type[BaseModel]) -> Node:

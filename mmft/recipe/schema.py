@@ -60,7 +60,7 @@ class PartAdapter(Section):
     """How one part is trained, where it differs from the adapter section."""
 
     mode: Literal["frozen", "lora", "full"] = "lora"
-    """`full` trains the part's own weights and saves them with the adapter."""
+    """`lora`: by `adapter.method`; `full` trains the part's own weights and saves them with the adapter."""
     lora_rank: Positive | None = None
     """Rank in this part."""
     lora_alpha: Rate | None = None
@@ -72,10 +72,29 @@ class PartAdapter(Section):
 class AdapterSection(Section):
     """What is trained."""
 
-    method: Literal["lora", "full"] = "lora"
-    """`full` trains the parts named in `targets` without any adapter."""
+    method: Literal[
+        "lora",
+        "adalora",
+        "vera",
+        "oft",
+        "boft",
+        "loha",
+        "lokr",
+        "ia3",
+        "ln_tuning",
+        "bitfit",
+        "bottleneck",
+        "prompt",
+        "prefix",
+        "full",
+    ] = "lora"
+    """peft's methods by their usual names; `bitfit` trains biases, `full` the targets' own weights."""
     targets: tuple[str, ...] = ("language.attention", "language.mlp")
     """Parts, or sub-parts as `part.attention`, `part.mlp`; `all-linear` means every linear layer of `language`."""
+    layers: str | None = None
+    """Which layers of the targets, as `last:8`, `first:4`, `2-5` or `0,3`; all if not given."""
+    exclude: tuple[str, ...] = ()
+    """Parts, sub-parts or modules that are taken out of the targets."""
     lora_rank: Positive = 16
     """Rank r of the update B A."""
     lora_alpha: Rate = 32.0
@@ -84,6 +103,24 @@ class AdapterSection(Section):
     """Dropout on the adapter's input."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (Kalajdzievski 2023)."""
+    use_dora: bool = False
+    """Train the length of each row of the weight apart from its direction (DoRA, Liu et al. 2024)."""
+    init_lora_weights: str = "default"
+    """Where B A starts: `default` (B = 0), `pissa`, `pissa_niter_N`, `olora`, `eva`, `loftq`."""
+    loraplus_lr_ratio: Rate | None = None
+    """B learns this many times faster than A (LoRA+, Hayou et al. 2024)."""
+    oft_block_size: Positive = 32
+    """Size of the rotations of `oft` and `boft`; it must divide the layers' input widths."""
+    num_virtual_tokens: Positive = 20
+    """Length of the prompt or prefix."""
+    bottleneck_size: Positive = 64
+    """Inner width of a bottleneck adapter."""
+    bottleneck_placement: Literal["serial", "parallel"] = "serial"
+    """Behind the sub-layer (Houlsby et al. 2019) or beside it (He et al. 2022)."""
+    modules_to_save: tuple[str, ...] = ()
+    """Parts, sub-parts or modules that are trained whole and saved with the adapter."""
+    init_from: str | None = None
+    """An adapter folder to go on from; it must be of this method, with these targets."""
     parts: dict[PartName, PartAdapter] = {}
     """Per-part mode, rank, alpha and learning rate."""
 
@@ -95,14 +132,14 @@ class DataSource(Section):
     """A .jsonl/.json/.parquet/.csv file, a local `datasets` folder, or `shipped:emoji-scenes/NAME`."""
     name: str | None = None
     """Name in reports; the file's stem if not given."""
-    format: Literal["auto", "messages", "llava", "qa"] = "auto"
+    format: Literal["auto", "messages", "llava", "qa", "pairs"] = "auto"
     """Layout of the rows; `auto` looks at the first rows and prints what it chose."""
     media_root: str | None = None
     """Folder that image paths are relative to and may not leave; the data file's folder if not given."""
     num_samples: Positive | None = None
     """Only this many rows, chosen by the seed."""
     columns: dict[str, str] = {}
-    """For `qa` rows: which column is `image`, `question`, `answer`."""
+    """For `qa` and `pairs` rows: which column is `image`, `question`, `answer`, `caption`, `negatives`, `group`."""
 
 
 class DataSection(Section):
@@ -129,10 +166,16 @@ class DataSection(Section):
 class ObjectiveSection(Section):
     """What is minimised."""
 
-    name: Literal["sft"] = "sft"
-    """Supervised fine-tuning: cross-entropy of the answers' tokens."""
+    name: Literal["sft", "contrastive"] = "sft"
+    """`sft`: cross-entropy of the answers' tokens; `contrastive`: pictures and texts of a dual encoder."""
     label_smoothing_factor: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of the target spread evenly over the vocabulary."""
+    """Share of the target spread evenly over the vocabulary (`sft`)."""
+    loss: Literal["infonce", "sigmoid"] = "infonce"
+    """CLIP's loss, or SigLIP's (`contrastive`)."""
+    captions_per_image: Count = 0
+    """Texts of a picture in a step, drawn by the seed (`contrastive`); 0: all of them."""
+    train_logit_scale: bool = True
+    """Train the scale and bias of the similarities too (`contrastive`)."""
 
 
 class TrainSection(Section):

@@ -67,12 +67,53 @@ def test_the_message_for_a_target_that_matches_nothing(parts: Parts) -> None:
         resolve(parts, parts={"vision": {"learning_rate": 1e-5}})
 
 
-def test_experts_are_refused_with_the_reason() -> None:
+def test_experts_are_named_or_refused_with_the_reason() -> None:
     parts = find_parts(meta_model("qwen3_vl_moe"))
-    with pytest.raises(AdapterError, match="three-dimensional weight") as caught:
-        resolve(parts)
-    assert "do      target language.attention instead" in str(caught.value)
-    for text in ("language.mlp", "language", "all-linear"):
-        with pytest.raises(AdapterError, match="holds experts"):
-            resolve(parts, targets=[text])
-    assert resolve(parts, targets=["language.attention"])
+    found = {(t.part, t.sub): t for t in resolve_targets(parts, AdapterSection())}
+    stacks = found["language", "mlp"].parameters
+    assert len(stacks) == len(parts.experts) and all(name.endswith("_proj") for name in stacks)
+    assert not found["language", "attention"].parameters
+    for values, reason in (
+        ({"method": "vera"}, "method vera cannot sit on it"),
+        ({"use_dora": True}, "peft has no DoRA for it"),
+        ({"lora_dropout": 0.1}, "peft has no dropout for it"),
+        ({"init_lora_weights": "pissa"}, "needs a matrix"),
+    ):
+        with pytest.raises(AdapterError, match=reason) as caught:
+            resolve(parts, **values)
+        assert "stored as one three-dimensional weight" in str(caught.value)
+        assert "do      target language.attention instead" in str(caught.value)
+        assert resolve(parts, targets=["language.attention"], **values)
+
+
+def test_layers_and_exclusions(parts: Parts) -> None:
+    last = resolve_targets(parts, AdapterSection(targets=("language", "projector"), layers="last:1"))
+    names = [name for target in last for name in target.modules]
+    assert len(names) == 2 + 7 and all(".layers.1." in name or "projector" in name for name in names)
+    assert resolve(parts, targets=["language", "projector"], exclude=["language.mlp", "q_proj"]) == {
+        ("projector", "other", "lora"): 2,
+        ("language", "attention", "lora"): 6,
+    }
+    with pytest.raises(AdapterError, match="exclude 'nothing' matches nothing"):
+        resolve(parts, exclude=["nothing"])
+    with pytest.raises(AdapterError, match="no layer is meant by layers: 7-9"):
+        resolve(parts, layers="7-9")
+
+
+def test_modules_that_are_saved_whole(parts: Parts) -> None:
+    found = {
+        (t.part, t.sub, t.mode): t.modules
+        for t in resolve_targets(parts, AdapterSection(modules_to_save=("projector", "lm_head")))
+    }
+    assert found["projector", "other", "full"] == () and found["head", "other", "full"] == ("lm_head",)
+    assert ("language", "mlp", "lora") in found
+    with pytest.raises(AdapterError, match="module 'lm_heed' is not in this model"):
+        resolve(parts, modules_to_save=["lm_heed"])
+
+
+def test_prompts_have_one_target(parts: Parts) -> None:
+    assert resolve(parts, method="prompt") == {("language", "embedding", "lora"): 0}
+    assert resolve(parts, method="ln_tuning", targets=["language", "vision.norm"]) == {
+        ("vision", "norm", "lora"): 0,
+        ("language", "norm", "lora"): 0,
+    }

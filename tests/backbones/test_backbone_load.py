@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from mmft.backbones.fingerprint import digest, fingerprint
-from mmft.backbones.load import chat_template, load_backbone, load_processor, meta_backbone
+from mmft.backbones.load import chat_template, load_backbone, load_processor, meta_backbone, model_class
 from mmft.errors import BackboneError
 from mmft.recipe.schema import ModelSection
-from tests.tiny import WORKING, save_tiny_vlm, tiny_inputs, tiny_vlm
+from tests.tiny import WORKING, save_tiny_vlm, tiny_inputs, tiny_tokenizer, tiny_vlm
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,63 @@ def test_models_that_read_no_pictures_are_refused(tmp_path: Path) -> None:
     transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained(tmp_path)
     with pytest.raises(BackboneError, match="is a gpt2 model, not a vision-language model"):
         load_backbone(section(tmp_path))
+
+
+_TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def _others() -> dict[str, transformers.PreTrainedConfig]:
+    text = {**_TINY, "vocab_size": 32}
+    vision = {**_TINY, "image_size": 8, "patch_size": 4}
+    sound = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 32, "pad_token_id": 0}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    return {
+        "CLIPModel": transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8),
+        "BertModel": transformers.BertConfig(**text),
+        "ViTModel": transformers.ViTConfig(**vision),
+        "WhisperForConditionalGeneration": transformers.WhisperConfig(**sound, **heads, **ends),
+        "VisionEncoderDecoderModel": transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+            transformers.ViTConfig(**vision), transformers.BertConfig(**text)
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", list(_others()))
+def test_other_models_load_without_a_processor(name: str, tmp_path: Path) -> None:
+    config = _others()[name]
+    made = getattr(transformers, name)(config)
+    made.save_pretrained(tmp_path)
+    assert model_class(config) is type(made)
+    if name.startswith("Whisper"):  # it writes text: its processor must be there
+        with pytest.raises(BackboneError, match="the processor of .* cannot be loaded"):
+            load_backbone(section(tmp_path))
+    found = load_backbone(section(tmp_path), processor=not name.startswith("Whisper"))
+    assert type(found.model) is type(made) and found.processor is None
+    for key, value in made.state_dict().items():
+        assert torch.equal(found.model.state_dict()[key], value)
+    with pytest.raises(BackboneError, match="has no processor for pictures and text, only the weights"):
+        assert found.tokenizer
+    assert meta_backbone(section(tmp_path)).parts.names == found.parts.names
+
+
+def test_the_class_is_the_one_the_config_names_when_there_is_one() -> None:
+    text, vision = {**_TINY, "vocab_size": 32}, {**_TINY, "image_size": 8, "patch_size": 4}
+    config = transformers.BlipConfig(text_config=text, vision_config=vision)
+    assert model_class(config) is transformers.BlipForConditionalGeneration
+    config.architectures = ["BlipModel"]
+    assert model_class(config) is transformers.BlipModel
+    config.architectures = ["LlavaForConditionalGeneration"]  # not a class of this config
+    assert model_class(config) is transformers.BlipForConditionalGeneration
+
+
+def test_a_tokenizer_alone_is_kept_where_no_pictures_are_read(tmp_path: Path) -> None:
+    transformers.BertModel(_others()["BertModel"]).save_pretrained(tmp_path)
+    tiny_tokenizer("llava").save_pretrained(tmp_path)
+    backbone = load_backbone(section(tmp_path))
+    assert backbone.tokenizer is backbone.processor and backbone.pad_token_id == 0
+    with pytest.raises(BackboneError, match="has no processor for pictures and text, only a"):
+        load_processor(section(tmp_path))
 
 
 def test_code_from_a_folder_is_never_run(tmp_path: Path) -> None:
@@ -138,3 +196,13 @@ def test_the_fingerprint_sees_every_file_that_matters(tmp_path: Path) -> None:
     assert digest(before) != digest(after)
     with pytest.raises(BackboneError, match=r"holds no config\.json"):
         fingerprint(tmp_path)
+
+
+def test_a_weight_that_no_file_holds_is_not_drawn_at_random(tmp_path: Path) -> None:
+    folder = save_tiny_vlm(tmp_path / "m", "llava")
+    tensors = load_file(folder / "model.safetensors")
+    gone = next(name for name in tensors if "q_proj" in name and "language" in name)
+    save_file({name: value for name, value in tensors.items() if name != gone}, folder / "model.safetensors")
+    with pytest.raises(BackboneError, match="lacks 1 weights of its model: .*q_proj") as caught:
+        load_backbone(section(folder))
+    assert "holds every weight" in str(caught.value)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mmft.backbones.flow import flow_roots
 from mmft.backbones.parts import PARTS, SUBPARTS, count, find_parts, is_linear, owners
-from tests.tiny import KINDS, tiny_vlm
+from mmft.backbones.roots import Names
+from tests.tiny import KINDS, tiny_inputs, tiny_vlm
 
 TRUTH = {  # read off the modeling files: vision tower, projector, language model
     "llava": ("model.vision_tower", "model.multi_modal_projector", "model.language_model"),
@@ -74,7 +76,28 @@ def test_the_cross_attention_layers_of_mllama_are_a_part() -> None:
 @pytest.mark.parametrize(
     ("model_type", "part", "prefix"),
     [
-        ("blip-2", "projector", "qformer"),
+        ("blip-2", "projector", "qformer.encoder.layer.0.attention"),
+        ("blip-2", "cross_attention", "qformer.encoder.layer.0.crossattention"),
+        ("evolla", "vision", "model.protein_encoder.model"),
+        ("evolla", "cross_attention", "model.layers.3.adapter"),
+        ("pi0", "projector", "model.vlm.multi_modal_projector"),
+        ("janus", "head", "model.generation_head"),
+        ("kosmos-2", "cross_attention", "image_to_text_projection.x_attn"),
+        ("t5gemma2", "cross_attention", "model.decoder.layers.0.self_attn"),
+        ("udop", "projector", "patch_embed"),
+        ("phi4_multimodal", "projector", "model.embed_tokens_extend.audio_embed.up_proj_for_speech"),
+        ("pix2struct", "cross_attention", "decoder.layer.0.encoder_decoder_attention"),
+        ("gemma4", "audio", "model.audio_tower"),
+        ("whisper", "audio", "model.encoder"),
+        ("whisper", "cross_attention", "model.decoder.layers.0.encoder_attn"),
+        ("speech-encoder-decoder", "audio", "encoder"),
+        ("vision-encoder-decoder", "cross_attention", "decoder.bert.encoder.layer.0.crossattention"),
+        ("clip", "language", "text_model"),
+        ("clap", "projector", "audio_projection"),
+        ("bert", "language", "encoder"),
+        ("dinov2", "vision", "embeddings"),
+        ("wav2vec2", "audio", "feature_projection"),
+        ("timm_wrapper", "vision", "timm_model"),
         ("blip-2", "projector", "query_tokens"),
         ("llava_next", "projector", "model.image_newline"),
         ("idefics2", "projector", "model.connector.perceiver_resampler"),
@@ -122,3 +145,44 @@ def test_layers_inside_multihead_attention_are_left_alone() -> None:
     names = find_parts(model).linears("vision")
     inside = [n for n, m in model.named_modules() if isinstance(m, torch.nn.MultiheadAttention)]
     assert inside and not [name for name in names if any(name.startswith(f"{top}.") for top in inside)]
+
+
+class Silent(torch.nn.Module):
+    """A model that tells nothing of itself: no accessor, no config, no telling name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = torch.nn.Sequential(torch.nn.Linear(12, 24), torch.nn.GELU(), torch.nn.Linear(24, 24))
+        self.two = torch.nn.Linear(24, 16)
+        self.three = torch.nn.Embedding(32, 16)
+        self.four = torch.nn.ModuleList([torch.nn.Linear(16, 16) for _ in range(2)])
+        self.config = None
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.three
+
+    def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        states = self.three(input_ids) + self.two(self.one(pixel_values)).mean(1, keepdim=True)
+        for layer in self.four:
+            states = layer(states)
+        return states
+
+
+def test_a_forward_pass_tells_what_structure_does_not() -> None:
+    model = Silent()
+    inputs = {"input_ids": torch.arange(10).view(2, 5), "pixel_values": torch.randn(2, 3, 12)}
+    assert find_parts(model).names == ("language",)
+    parts = find_parts(model, inputs=inputs)
+    assert parts.linears("vision") == ["one.0", "one.2"]
+    assert parts.linears("projector") == ["two"]
+    assert parts.linears("language") == ["four.0", "four.1"]
+
+
+@pytest.mark.parametrize("kind", ["llava", "smolvlm", "fast_vlm"])
+def test_data_flow_says_what_the_accessors_say(kind: str) -> None:
+    model, _ = tiny_vlm(kind)
+    found = flow_roots(model, Names(model), tiny_inputs(kind))
+    assert {find_parts(model).part_of(name): part for name, part in found.items()} == {
+        "vision": "vision",
+        "projector": "projector",
+    }

@@ -9,25 +9,29 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mmft.export.names import meta_model
 from mmft.export.shards import INDEX, Output, index_json, plan_shards, write_shard
 from tests.export import zoo
 
 _CHILD = """
-import sys, torch
+import resource, sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
 import peft, transformers, bitsandbytes
 from mmft.export.merge import merge_adapter
 from mmft.export.names import meta_model
 from tests.export import zoo
-base, adapter, out = map(Path, sys.argv[1:])
+base, adapter, out = map(Path, sys.argv[1:4])
 meta_model(base)  # imports the model's modules
+if int(sys.argv[4]):  # private writable memory, heap and anonymous maps: what malloc and torch's allocator take
+    with open("/proc/self/status") as status:
+        data = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (data + int(sys.argv[4]), data + int(sys.argv[4])))
 print("ready", flush=True)
 sys.stdin.readline()
-print(merge_adapter(base, adapter, out, max_shard_size="200MB").seconds, flush=True)
+print(merge_adapter(base, adapter, out).seconds, flush=True)
 """
 
 
@@ -67,6 +71,15 @@ def big_pair(folder: Path, *, megabytes: int, hidden: int = 512, vocabulary: int
     return base, adapter
 
 
+def part_of(adapter: Path, folder: Path, part: str) -> Path:
+    """The same adapter with those tensors alone whose name holds `part`."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    kept = {name: value for name, value in load_file(adapter / "adapter_model.safetensors").items() if part in name}
+    save_file(kept, folder / "adapter_model.safetensors")
+    return folder
+
+
 def _disk(name: str) -> str:
     for new, old in (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")):
         if name.startswith(new):
@@ -80,10 +93,13 @@ def _noise(nbytes: int) -> memoryview:
     return memoryview(whole.contiguous().view(torch.uint8).numpy())
 
 
-def watched_merge(base: Path, adapter: Path, out: Path) -> tuple[int, int, float]:
-    """Merge in a child of its own: anonymous memory in bytes before, its peak during the merge, and the seconds."""
+def watched_merge(base: Path, adapter: Path, out: Path, *, limit: int = 0) -> tuple[int, int, float]:
+    """Merge in a child of its own: anonymous memory in bytes before, its peak during the merge, and the seconds.
+
+    `limit` is an RLIMIT_DATA above what the process has after its imports: the kernel then refuses further memory.
+    """
     child = subprocess.Popen(
-        [sys.executable, "-c", _CHILD, str(base), str(adapter), str(out)],
+        [sys.executable, "-c", _CHILD, str(base), str(adapter), str(out), str(limit)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
@@ -265,12 +265,6 @@ def test_every_tensor_needs_a_home(pair: tuple[Path, Path], tmp_path: Path) -> N
 
 def test_wrong_base(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert_refused("have no home", zoo.save_tiny(tmp_path / "base", "qwen2_vl"), pair[1], tmp_path / "out")
-
-
-def test_other_methods_are_refused_by_name(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    config = IA3Config(target_modules=["q_proj"], feedforward_modules=[])
-    get_peft_model(zoo.load(pair[0]), config).save_pretrained(tmp_path / "adapter")
-    assert_refused("type IA3 cannot be merged by streaming", pair[0], tmp_path / "adapter", tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -199,3 +199,38 @@ def test_one_spelling_means_one_thing():
         for spelled, field in names.items():
             assert seen.setdefault(spelled, (section, field)) == (section, field)
             assert flat()[spelled] == (section, field), spelled
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("finetuning_type: dora\n", {"method": "lora", "use_dora": True}),
+        ("finetuning_type: freeze\nfreeze_trainable_layers: 2\n", {"method": "full", "layers": "last:2"}),
+        ("freeze_trainable_layers: -3\n", {"layers": "first:3"}),
+        ("adapter: pissa\n", {"method": "lora", "init_lora_weights": "pissa"}),
+        ("pissa_init: true\n", {"init_lora_weights": "pissa"}),
+        ("pissa_init: false\n", {"init_lora_weights": "default"}),
+        ("peft_init_lora_weights: true\npeft_use_dora: true\n", {"init_lora_weights": "default", "use_dora": True}),
+        ("lora: {init_weights: olora, exclude_modules: head}\n", {"init_lora_weights": "olora", "exclude": ("head",)}),
+        ("lorap_lr_ratio: 16\n", {"loraplus_lr_ratio": 16.0}),
+        ("additional_target: lm_head, projector\n", {"modules_to_save": ("lm_head", "projector")}),
+        ("lora_modules_to_save: [lm_head]\n", {"modules_to_save": ("lm_head",)}),
+        ("layers_to_transform: [0, 3]\n", {"layers": "0,3"}),
+        ("adapter: {peft_type: LOKR, r: 2}\n", {"method": "lokr", "lora_rank": 2}),
+        ("adapter: {method: BOFT, boft_block_size: 8}\n", {"method": "boft", "oft_block_size": 8}),
+        ("adapter: {targets: [vision], parts: {vision: adapter, projector: train}}\n", {"targets": ("vision",)}),
+    ],
+)
+def test_other_tools_adapters(load, text, expected):
+    adapter = load(HEAD + text).adapter
+    assert {name: getattr(adapter, name) for name in expected} == expected
+
+
+def test_layers_that_are_no_number(fails):
+    assert "freeze_trainable_layers: 0 is not allowed" in fails(HEAD + "freeze_trainable_layers: 0\n")
+
+
+def test_where_another_adapter_goes_on(load, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "adapter_config.json").write_text("{}")
+    assert load(HEAD + "adapter_name_or_path: old\n").adapter.init_from == "old"

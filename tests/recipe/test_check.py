@@ -9,6 +9,64 @@ from mmft.recipe.check import RULES
 HEAD = "model: shipped:nano-vlm\ndataset: rows.jsonl\n"
 Q4 = "load_in_4bit: true\n"
 CASES = [
+    ("adapter: {init_lora_weights: pisa}\n", "adapter.init_lora_weights: 'pisa' is not allowed\n  at      r.yaml:3"),
+    (
+        "adapter: {use_dora: true, init_lora_weights: olora}\n",
+        "adapter.use_dora: true, but with init_lora_weights: olora the lengths of the rows",
+    ),
+    (
+        "load_in_8bit: true\nadapter: {use_dora: true}\n",
+        "adapter.use_dora: true, but bitsandbytes gives the weight of an 8-bit layer away",
+    ),
+    (
+        "adapter: {init_from: none, init_lora_weights: pissa}\n",
+        "adapter.init_from: the adapter of the folder is the start, so init_lora_weights: pissa has no effect",
+    ),
+    ("adapter: {init_from: none, method: full}\n", "adapter.init_from: no effect, since adapter.method is full"),
+    ("adapter: {init_from: none}\n", "adapter.init_from: 'none' holds no adapter_config.json"),
+    (
+        "adapter: loftq\n",
+        "adapter.init_lora_weights: loftq makes good for the error of quantization, but the base is not quantized",
+    ),
+    (
+        Q4 + "adapter: loftq\n",
+        "export.merge_onto: base, but an adapter that started with loftq holds the error of quantization",
+    ),
+    (
+        "adapter: prompt\n",
+        "export.merge: true, but what adapter.method: prompt trains cannot become part of the weights\n"
+        "  at      r.yaml:1\n  do      set export.merge: false and evaluate.models: [base, adapter]",
+    ),
+    (
+        "adapter: prefix\nmerge: false\nmodels: [base, adapter]\ngradient_checkpointing: true\n",
+        "train.gradient_checkpointing: true, but a prefix lives in the key-value cache",
+    ),
+    (
+        Q4 + "adapter: ia3\n",
+        "model.dtype: bfloat16, but peft's ia3 gives float32 out of these quantized layers",
+    ),
+    (
+        "adapter: {method: vera, use_dora: true}\n",
+        "adapter.use_dora: no effect, since adapter.method is vera\n  at      r.yaml:3\n"
+        "  allowed use_dora with method lora\n  do      delete the line, or choose another method",
+    ),
+    (
+        "adapter: {method: prompt, targets: [vision]}\nmerge: false\nmodels: [base]\n",
+        "adapter.targets: no effect, since adapter.method is prompt",
+    ),
+    (
+        "adapter: {method: ln_tuning}\n",
+        "adapter.targets.0: language.attention holds no norms, and adapter.method ln_tuning trains nothing else",
+    ),
+    (
+        "adapter: {method: bitfit, parts: {vision: full}}\n",
+        "adapter.parts.vision: mode full, but bitfit saves nothing but biases",
+    ),
+    (Q4 + "adapter: loha\n", "adapter.method: loha, but language is quantized"),
+    (
+        Q4 + "adapter: {targets: [vision], modules_to_save: [language.mlp]}\n",
+        "adapter.modules_to_save.0: language.mlp is trained whole, but language is quantized",
+    ),
     (
         "quantization:\n  load_in_4bit: true\n  load_in_8bit: true\n",
         "quantization: load_in_4bit and load_in_8bit are both true\n  at      r.yaml:5\n  do      keep one of the two",
@@ -88,6 +146,34 @@ CASES = [
     ),
     ("eval_dataset: {path: held.jsonl, media_root: no-where}\n", "data.eval.0.media_root: 'no-where' is not a folder"),
     ("eval_dataset: [held.jsonl, held.jsonl]\n", "data.eval.1: its name 'held' is that of data.eval.0"),
+    (
+        "objective: {name: contrastive, label_smoothing_factor: 0.1}\n",
+        "objective.label_smoothing_factor: contrastive does not read it",
+    ),
+    ("objective: {loss: sigmoid}\n", "objective.loss: sft does not read it"),
+    ("objective: {captions_per_image: 2}\n", "objective.captions_per_image: sft does not read it"),
+    ("objective: {train_logit_scale: false}\n", "objective.train_logit_scale: sft does not read it"),
+    (
+        "objective: {name: contrastive}\ntrain: {per_device_train_batch_size: 1}\n",
+        "objective.name: contrastive with one row in a step",
+    ),
+    (
+        "objective: {name: contrastive}\nevaluate: {metrics: [bleu]}\n",
+        "evaluate.metrics: a contrastive run is scored by retrieval",
+    ),
+    (
+        "objective: {name: contrastive}\nevaluate: {group_by: [type]}\n",
+        "evaluate.group_by: retrieval is not split by tags",
+    ),
+    (
+        "objective: {name: contrastive}\nadapter: {init_lora_weights: eva}\n",
+        "adapter.init_lora_weights: eva looks at batches of conversations",
+    ),
+    (
+        "objective: {name: contrastive}\nadapter: {method: prompt}\nexport: {merge: false}\n"
+        "evaluate: {models: [adapter]}\n",
+        "adapter.method: prompt puts vectors before a language model's text",
+    ),
 ]
 
 

@@ -46,7 +46,9 @@ HEAD = "model: shipped:nano-vlm\ndata: rows.jsonl\n"
         (
             HEAD + "adapter: {method: on}\n",
             "RecipeError: adapter.method: the word on (YAML reads it as true) is not allowed\n  at      r.yaml:3\n"
-            "  allowed lora, full\n  do      choose one of the allowed words",
+            "  allowed lora, adalora, vera, oft, boft, loha, lokr, ia3, ln_tuning, bitfit, bottleneck, prompt, prefix, "
+            "full\n"
+            "  do      choose one of the allowed words",
         ),
         (
             HEAD + "train:\n  output_dir:\n",

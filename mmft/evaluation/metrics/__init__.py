@@ -34,10 +34,14 @@ def find_metric(name: str) -> RowMetric:
 
 
 def load_metric(name: str) -> evaluate.Metric:
-    """The metric as a hub-free `evaluate.Metric` (imports `evaluate`, which takes seconds; keeps rows in memory)."""
-    find_metric(name)
+    """The metric as a hub-free `evaluate.Metric` (imports `evaluate`, which takes seconds; keeps rows in memory): of
+    texts, or of classes and numbers (`classification_modules`)."""
+    from mmft.evaluation.metrics.classification_modules import CLASS_MODULES
     from mmft.evaluation.metrics.huggingface import MODULES
 
+    if name in CLASS_MODULES:
+        return CLASS_MODULES[name](keep_in_memory=True)
+    find_metric(name)
     return MODULES[name](keep_in_memory=True)
 
 

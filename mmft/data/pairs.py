@@ -1,0 +1,228 @@
+"""Pairs of a picture and its texts: rows, tokens and batches for contrastive learning.
+
+A row has a picture (`image`) and one or more texts (`caption`, `captions` or `text`; other names by `columns`), and may
+have texts that look right and are wrong (`negatives`) and a `group`. Rows of one picture, as in caption files with a
+line for each caption, become one sample. Rows with the same group are all right for each other (variants of one
+thing); by default the picture is the group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mmft.data.collate import Batch
+from mmft.data.dialects import MAX_CHARS, RowContext, image_reference
+from mmft.data.media import open_image
+from mmft.data.render import OverLength
+from mmft.data.sample import MediaRef, Sample
+from mmft.errors import DataError, MmftError, Problem
+from mmft.seeds import fold, generator
+
+EXTRA = -1
+"""The group of a text that belongs to no picture."""
+LEFT, RIGHT = "left_groups", "right_groups"
+_TEXTS = ("captions", "caption", "text")
+_GROUP = "group"
+
+
+def looks_like_pairs(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> bool:
+    """Whether most rows have a picture and a text column."""
+    image = columns.get("image", "image")
+    names = [columns.get(name, name) for name in _TEXTS]
+    return 2 * sum(image in row and any(name in row for name in names) for row in rows) > len(rows)
+
+
+def parse_pair(row: Mapping[str, Any], where: str, number: int, context: RowContext) -> Sample:
+    """One row as a `Sample` without turns: its texts are the `answers`, wrong ones the `negatives`.
+
+    Raises DataError for a row without a picture or a text.
+    """
+
+    def column(name: str) -> Any:
+        return row.get(context.columns.get(name, name))
+
+    found = next((value for name in _TEXTS if (value := column(name)) not in (None, "", [])), None)
+    image, given, tags = column("image"), column("id"), row.get("tags") or {}
+    if image in (None, "", []):
+        raise DataError("the row has no picture", where=where, do="give every row an image, or take the row out")
+    if isinstance(image, list):
+        if len(image) != 1:
+            raise DataError(f"the row has {len(image)} pictures", where=where, allowed="one picture in a pair")
+        image = image[0]
+    if given is not None and not isinstance(given, (str, int)):
+        raise DataError(f"the id is a {type(given).__name__}", where=where, allowed="a text or a whole number")
+    if not isinstance(tags, dict):
+        raise DataError(f"`tags` is a {type(tags).__name__}", where=where, allowed='an object {"name": "value"}')
+    marks = {str(key): str(value) for key, value in tags.items() if value is not None}
+    if column(_GROUP) not in (None, ""):
+        marks[_GROUP] = str(column(_GROUP))
+    return Sample(
+        id=f"{context.name}-{number}" if given in (None, "") else str(given),
+        turns=(),
+        media=(image_reference(image, context.root, where),),
+        answers=_texts(found, "caption", where),
+        negatives=() if column("negatives") in (None, "", []) else _texts(column("negatives"), "negative", where),
+        tags=marks,
+        source=context.name,
+        where=where,
+    )
+
+
+def _texts(value: Any, what: str, where: str) -> tuple[str, ...]:
+    """A text or a list of texts; in a CSV file a list is written as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        value = parsed if isinstance(parsed, list) else value
+    listed = value if isinstance(value, list) else [value]
+    for text in listed:
+        if not isinstance(text, str) or not text.strip():
+            kind = "empty" if isinstance(text, str) else "missing" if text is None else f"a {type(text).__name__}"
+            raise DataError(f"a {what} is {kind}", where=where, allowed="a text")
+        if len(text) > MAX_CHARS:
+            raise DataError(f"a {what} has {len(text)} characters", where=where, allowed=f"at most {MAX_CHARS}")
+    if not listed:
+        raise DataError(f"the row has no {what}", where=where, do="give every row a text, or take the row out")
+    return tuple(dict.fromkeys(text.strip() for text in listed))
+
+
+def merge_pairs(samples: Sequence[Sample]) -> list[Sample]:
+    """Samples with the same picture and group as one, at the place of the first, its texts in order."""
+    kept: dict[Any, Sample] = {}
+    for sample in samples:
+        ref = sample.media[0]
+        key = (sample.source, ref.path, str(ref.root), sample.tags.get(_GROUP)) if ref.path is not None else sample.id
+        first = kept.get(key)
+        if first is not None:
+            sample = dataclasses.replace(
+                first,
+                answers=tuple(dict.fromkeys((*first.answers, *sample.answers))),
+                negatives=tuple(dict.fromkeys((*first.negatives, *sample.negatives))),
+            )
+        kept[key] = sample
+    return list(kept.values())
+
+
+def group_of(sample: Sample) -> int:
+    """A number (63 bits) that rows which belong together share: that of their `group`, else of the row."""
+    name = sample.tags.get(_GROUP)
+    return fold(0, "group", name) if name is not None else fold(0, "row", sample.source, sample.id)
+
+
+class PairRenderer:
+    """Samples to batches with a dual encoder's processor (`tokenizer` and `image_processor`).
+
+    `captions`: how many texts of a picture a step sees, drawn by (seed, epoch, id); 0 means all. Texts are padded to
+    the longest of the batch where the model takes an attention mask, else to the tokenizer's own length, which such
+    models (SigLIP) were trained with. Raises DataError for a processor without one of the two.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        max_length: int,
+        over_length: OverLength = "error",
+        max_image_pixels: int = 40_000_000,
+        captions: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.tokenizer: Any = getattr(processor, "tokenizer", None)
+        self.image_processor: Any = getattr(processor, "image_processor", None)
+        if self.tokenizer is None or self.image_processor is None:
+            raise DataError(
+                "pairs need a processor with a tokenizer and an image processor",
+                where=type(processor).__name__ if processor is not None else "no processor",
+                do="put the processor's files into the model folder",
+            )
+        self.max_length = min(max_length, int(self.tokenizer.model_max_length))
+        self.over_length: OverLength = over_length
+        self.max_image_pixels = max_image_pixels
+        self.captions = captions
+        self.seed = seed
+
+    def length(self, sample: Sample) -> int:
+        """Tokens of the row's longest text."""
+        rows = self.tokenizer([*sample.answers, *sample.negatives], truncation=False)["input_ids"]
+        return max(len(row) for row in rows)
+
+    def fits(self, sample: Sample) -> bool:
+        """Whether every text of the row has at most `max_length` tokens."""
+        return self.length(sample) <= self.max_length
+
+    def chosen(self, sample: Sample, epoch: int) -> list[str]:
+        """The texts of a sample that an epoch sees, in the row's order."""
+        texts = list(sample.answers)
+        if not self.captions or self.captions >= len(texts):
+            return texts
+        draw = generator(self.seed, "captions", epoch, sample.source, sample.id)
+        return [texts[place] for place in sorted(draw.sample(range(len(texts)), self.captions))]
+
+    def assemble(self, rows: Sequence[tuple[Sample, int]]) -> Batch:
+        """The batch of (sample, epoch) rows: both sides' inputs and the groups `LEFT` (pictures) and `RIGHT` (texts).
+
+        Raises DataError naming the row for a picture that cannot be read.
+        """
+        texts: list[str] = []
+        groups: list[int] = []
+        for sample, epoch in rows:
+            own = self.chosen(sample, epoch)
+            texts += [*own, *sample.negatives]
+            groups += [*[group_of(sample)] * len(own), *[EXTRA] * len(sample.negatives)]
+        words = self.encode_texts(texts)
+        left = torch.tensor([group_of(sample) for sample, _ in rows])
+        inputs = {**self.encode_images([sample for sample, _ in rows]), **words}
+        ids = words["input_ids"]
+        tokens = int(words["attention_mask"].sum()) if "attention_mask" in words else ids.numel()
+        return Batch(
+            inputs={**inputs, LEFT: left, RIGHT: torch.tensor(groups)},
+            labels=torch.zeros(0, dtype=torch.int64),
+            ids=tuple(sample.id for sample, _ in rows),
+            supervised=len(rows),
+            tokens=tokens,
+            padding=ids.numel() - tokens,
+        )
+
+    def encode_texts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """What the text side is given for some texts."""
+        masked = "attention_mask" in self.tokenizer.model_input_names
+        found = self.tokenizer(
+            list(texts),
+            padding="longest" if masked else "max_length",
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+        return dict(found)
+
+    def encode_images(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """What the picture side is given for some samples."""
+        pictures = [self._opened(sample) for sample in samples]
+        try:
+            return dict(self.image_processor(images=pictures, return_tensors="pt"))
+        except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+            raise DataError(
+                f"the image processor refused the rows: {type(error).__name__}: {error}",
+                where=", ".join(itertools.islice((sample.where or sample.id for sample in samples), 5)),
+                do="look at the pictures' sizes",
+            ) from error
+
+    def _opened(self, sample: Sample) -> Any:
+        ref: MediaRef = sample.media[0]
+        try:
+            return open_image(ref, max_pixels=self.max_image_pixels)
+        except MmftError as error:
+            row = f"{sample.where or sample.source} (id {sample.id})"
+            problems = [
+                Problem(one.what, f"{row}: {one.where}" if one.where else row, one.allowed, one.do)
+                for one in error.problems
+            ]
+            raise DataError(problems) from error

@@ -1,0 +1,141 @@
+"""Evaluation of a dual encoder on sets of pairs: embeddings of each model, retrieval scores, paired differences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmft.data.pairs import PairRenderer, group_of
+from mmft.data.sample import Sample
+from mmft.evaluation.retrieval import Direction, compare, retrieve
+from mmft.evaluation.scores import PAIRS
+from mmft.objectives.contrastive_embed import embed, sides
+from mmft.seeds import fold
+
+HEADLINE = "image_to_text_r@1"
+
+
+@dataclass(frozen=True)
+class PairEmbeddings:
+    """Vectors of length one on the CPU in float32, with the number of the group of each row."""
+
+    left: Tensor
+    right: Tensor
+    left_groups: tuple[int, ...]
+    right_groups: tuple[int, ...]
+
+
+@torch.no_grad()
+def embed_pairs(
+    model: nn.Module,
+    renderer: PairRenderer,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> PairEmbeddings:
+    """Embeddings of the samples' pictures and of all their texts; hard negatives are texts of no group.
+
+    Each text is embedded once, however many pictures share it. The model is put into eval() and back.
+    """
+    was_training = model.training
+    model.eval()
+    first = next(model.parameters())
+    left, right = sides(model)
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(map(group_of, samples)))}
+    owners = [(text, numbers[group_of(one)]) for one in samples for text in one.answers]
+    owners += [(text, -1) for one in samples for text in one.negatives]
+    texts = list(dict.fromkeys(text for text, _ in owners))
+
+    def run(inputs: Mapping[str, Tensor], side: Any) -> Tensor:
+        placed = {key: value.to(first.device) for key, value in inputs.items()}
+        cast = {
+            key: value.to(model.dtype) if value.is_floating_point() else value  # type: ignore[arg-type]
+            for key, value in placed.items()
+        }
+        return embed(model, cast, side).float().cpu()
+
+    try:
+        pictures = []
+        for start in range(0, len(samples), batch_size):
+            chosen = samples[start : start + batch_size]
+            pictures.append(run(renderer.encode_images(chosen), left))
+            if progress is not None:
+                progress(len(chosen))
+        words = [
+            run(renderer.encode_texts(texts[start : start + batch_size]), right)
+            for start in range(0, len(texts), batch_size)
+        ]
+    finally:
+        model.train(was_training)
+    place = {text: number for number, text in enumerate(texts)}
+    return PairEmbeddings(
+        left=torch.cat(pictures),
+        right=torch.cat(words)[[place[text] for text, _ in owners]],
+        left_groups=tuple(numbers[group_of(one)] for one in samples),
+        right_groups=tuple(group for _, group in owners),
+    )
+
+
+def score_pairs(
+    found: Mapping[str, Mapping[str, PairEmbeddings]], *, bootstrap_samples: int, seed: int
+) -> dict[str, Any]:
+    """`headline`, `scores` and `sets` of the report from embeddings by model and set.
+
+    Scores are named `image_to_text_r@1`, ..., `text_to_image_map`; `ranks` holds the median ranks. All models of a set
+    are resampled by the same draws.
+    """
+    names = next(iter(found.values())).keys()
+    sets = {
+        name: _score_set(
+            {model: embedded[name] for model, embedded in found.items()},
+            resamples=bootstrap_samples,
+            seed=fold(seed, "pairs", name),
+        )
+        for name in names
+    }
+    return {"headline": HEADLINE, "scores": next(iter(sets.values()))["scores"], "sets": sets}
+
+
+def _score_set(models: Mapping[str, PairEmbeddings], *, resamples: int, seed: int) -> dict[str, Any]:
+    directions: dict[str, dict[str, Direction]] = {
+        model: retrieve(
+            one.left,
+            one.right,
+            left_groups=one.left_groups,
+            right_groups=one.right_groups,
+            resamples=resamples,
+            seed=seed,
+        )
+        for model, one in models.items()
+    }
+    scores: dict[str, dict[str, Any]] = {model: {} for model in models}
+    ranks: dict[str, dict[str, Any]] = {model: {} for model in models}
+    for model, both in directions.items():
+        for way, direction in both.items():
+            for name, interval in direction.scores.items():
+                kept = ranks if name == "median_rank" else scores
+                kept[model][f"{way}_{name}"] = interval.as_dict()
+    paired: dict[str, Any] = {}
+    for first, second in PAIRS:
+        if {first, second} <= models.keys():
+            metrics = {
+                f"{way}_{name}": {**value.as_dict(), "metric": f"{way}_{name}"}
+                for way in directions[first]
+                for name, value in compare(
+                    directions[first][way], directions[second][way], resamples=resamples, seed=seed
+                ).items()
+            }
+            paired[f"{first}-{second}"] = {**metrics[HEADLINE], "metrics": metrics}
+    rows = len(next(iter(models.values())).left_groups)
+    return {"rows": rows, "scores": scores, "ranks": ranks, "paired": paired, "groups": {}}
+
+
+def largest_difference(one: PairEmbeddings, other: PairEmbeddings) -> float:
+    """Largest difference of a component of the two models' vectors, which have length one."""
+    values = [float((a - b).abs().max()) for a, b in ((one.left, other.left), (one.right, other.right))]
+    return max(values)

@@ -1,0 +1,284 @@
+"""The short way to a fused classifier: `fitted = fit(frame, label="y")`, `.evaluate(frame)`, `.predict(frame)`.
+
+A small loop of its own beside the engine, with the engine's conventions: AdamW with decay on matrices only, the
+schedule of `engine.optim.lr_scale`, loss as sum over count, draws named by `seeds.fold`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmft.backbones.load import load_backbone
+from mmft.data.tables import Columns, class_labels, infer_columns, is_missing, load_table, open_row
+from mmft.engine.optim import lr_scale
+from mmft.errors import DataError, NonFiniteError, RecipeError, choices
+from mmft.evaluation.metrics.classification import classify
+from mmft.evaluation.metrics.classification_intervals import ClassInterval, class_interval
+from mmft.evaluation.metrics.classification_ranks import measure
+from mmft.files import read_json_file, write_json
+from mmft.fusion import FusionConfig, FusionModel, FusionProcessor, TableSchema
+from mmft.fusion.heads import balanced_weights, decide, probabilities
+from mmft.recipe.schema import ModelSection
+from mmft.seeds import fold, generator
+
+TASKS = ("single_label", "ordinal", "regression")
+_METRICS = {
+    "single_label": ("accuracy", "balanced_accuracy", "macro_f1", "roc_auc", "log_loss", "ece"),
+    "ordinal": ("accuracy", "balanced_accuracy", "quadratic_kappa", "mae", "log_loss", "ece"),
+    "regression": ("mae", "rmse", "r2"),
+}
+_FILE = "fitted.json"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained model with its processor and the columns it was trained on; `classes` is empty for regression.
+    `losses`: the mean loss of every step."""
+
+    model: FusionModel
+    processor: FusionProcessor
+    columns: Columns
+    classes: tuple[str, ...]
+    root: Path | None = None
+    batch_size: int = 16
+    losses: tuple[float, ...] = ()
+
+    def predict(self, source: Any) -> list[dict[str, Any]]:
+        """Per row `{"prediction": class or number, "probabilities": {class: p}}` (the latter not for regression). The
+        label column is not needed."""
+        outputs = self._outputs(load_table(source))
+        config = self.model.config
+        chosen, chances = decide(config, outputs), probabilities(config, outputs)
+        if config.task == "regression":
+            return [{"prediction": value} for value in chosen[:, 0].tolist()]
+        return [
+            {"prediction": self.classes[at], "probabilities": dict(zip(self.classes, row, strict=True))}
+            for at, row in zip(chosen.tolist(), chances.tolist(), strict=True)
+        ]
+
+    def evaluate(self, source: Any, *, resamples: int = 1000, seed: int = 0) -> dict[str, ClassInterval]:
+        """Metrics of the task with 95 % intervals over rows. Raises DataError for empty and unknown labels."""
+        rows = load_table(source)
+        config = self.model.config
+        if config.task == "regression":
+            truth = _targets(rows, self.columns)
+            found = measure(decide(config, self._outputs(rows))[:, 0].tolist(), truth)
+            answers = dict.fromkeys(_METRICS["regression"], found)
+        else:
+            _, numbers = class_labels(rows, self.columns.label, classes=self.classes, training=False)
+            outputs = self._outputs(rows)
+            chances = probabilities(config, outputs.double()).numpy()
+            found = classify(chances, numbers, classes=len(self.classes))
+            answers = dict.fromkeys(_METRICS[config.task], found)
+            if config.task == "ordinal":  # the median class, which is what such a model predicts
+                median = decide(config, outputs).tolist()
+                decided = classify(median, numbers, classes=len(self.classes))
+                answers |= dict.fromkeys(("accuracy", "balanced_accuracy", "quadratic_kappa"), decided)
+                answers["mae"] = measure(median, numbers)
+        return {
+            name: class_interval(name, answers[name], resamples=resamples, seed=seed) for name in _METRICS[config.task]
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write model, processor and columns into `folder`."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        write_json(Path(folder) / _FILE, {"columns": asdict(self.columns), "classes": list(self.classes)})
+
+    @classmethod
+    def load(cls, folder: str | Path, *, root: Path | None = None) -> Fitted:
+        """Back from `save`; media paths of later rows lie below `root`."""
+        held = read_json_file(Path(folder) / _FILE)
+        modalities = {name: tuple(columns) for name, columns in held["columns"].pop("modalities").items()}
+        model = FusionModel.from_pretrained(folder)
+        processor = FusionProcessor.from_pretrained(folder)
+        return cls(
+            model.eval(), processor, Columns(**held["columns"], modalities=modalities), tuple(held["classes"]), root
+        )
+
+    def _outputs(self, rows: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+        self.model.eval()
+        parts = []
+        with torch.no_grad():
+            for start in range(0, len(rows), self.batch_size):
+                numbered = list(enumerate(rows))[start : start + self.batch_size]
+                batch = _batch(self.processor, self.columns, numbered, root=self.root)
+                parts.append(self.model(**batch).logits)
+        return torch.cat(parts)
+
+
+def fit(
+    source: Any,
+    *,
+    label: str,
+    columns: Mapping[str, str] | None = None,
+    encoders: Mapping[str, str] | None = None,
+    task: str = "single_label",
+    classes: Sequence[Any] | None = None,
+    balanced: bool = False,
+    root: Path | None = None,
+    epochs: int = 10,
+    batch_size: int = 16,
+    learning_rate: float = 1e-3,
+    encoder_learning_rate: float | None = None,
+    seed: int = 0,
+    fusion: FusionConfig | None = None,
+) -> Fitted:
+    """Train a fusion model on a table (`data.tables.load_table`) and give it back with its processor.
+
+    columns: kinds that are not to be inferred; encoders: kind -> model folder or hub id, one for each kind of column
+    that is not tabular; classes: the declared set, in order for ordinal; balanced: class weights N / (C n_c); root:
+    folder of media paths; encoder_learning_rate: None keeps the encoders frozen; fusion: strategy, sizes, dropouts.
+    Raises RecipeError for an unknown task or a missing encoder, DataError for bad rows and labels, NonFiniteError.
+    """
+    if task not in TASKS:
+        raise RecipeError(f"'{task}' is no task", allowed=choices(TASKS, word=task), do="use one of these")
+    rows = load_table(source)
+    found = infer_columns(rows, label=label, declared=columns)
+    config = copy.deepcopy(fusion) if fusion is not None else FusionConfig()
+    config.task = task
+    if task == "regression":
+        names: tuple[str, ...] = ()
+        labels = torch.tensor(_targets(rows, found), dtype=torch.float32).unsqueeze(1)
+        config.id2label = {0: label}
+        config.target_mean, config.target_std = [labels.mean().item()], [labels.std(correction=0).item() or 1.0]
+    else:
+        names, numbers = class_labels(rows, label, classes=classes)
+        labels = torch.tensor(numbers)
+        config.id2label = dict(enumerate(names))
+        config.class_weights = balanced_weights(labels.bincount(minlength=len(names)).tolist()) if balanced else None
+    config.label2id = {str(name): at for at, name in config.id2label.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fold(seed, "fit", "start"))
+        model, processor = _build(config, rows, found, encoders=encoders or {})
+        model.encoders.requires_grad_(encoder_learning_rate is not None)
+        rates = {False: learning_rate, True: encoder_learning_rate or 0.0}
+        losses = _train(
+            Fitted(model, processor, found, names, root, batch_size),
+            rows,
+            labels,
+            epochs=epochs,
+            rates=rates,
+            seed=seed,
+        )
+    return Fitted(model.eval(), processor, found, names, root, batch_size, tuple(losses))
+
+
+def _build(
+    config: FusionConfig, rows: list[dict[str, Any]], columns: Columns, *, encoders: Mapping[str, str]
+) -> tuple[FusionModel, FusionProcessor]:
+    """One encoder per modality: two text columns have one each, both starting from the same weights."""
+    loaded, parts = {}, {}
+    for modality, names in columns.modalities.items():
+        kind = columns.kinds[names[0]]
+        if kind in ("numeric", "categorical"):
+            continue
+        if kind not in encoders:
+            raise RecipeError(
+                f"the column '{names[0]}' holds {kind} and no encoder is given for that",
+                where=f"encoders[{kind!r}]",
+                allowed="a model folder or a hub id",
+                do=f"pass encoders={{{kind!r}: ...}}, or declare the column 'ignored'",
+            )
+        backbone = load_backbone(ModelSection(name_or_path=encoders[kind], dtype="float32"))
+        part = backbone.processor
+        for inner in {"text": ("tokenizer",), "image": ("image_processor",), "audio": ("feature_extractor",)}[kind]:
+            part = getattr(part, inner, part)
+        loaded[modality], parts[modality] = (kind, backbone.model), (kind, part)
+    numeric, categorical = columns.of_kind("numeric"), columns.of_kind("categorical")
+    schema = None
+    if numeric or categorical:
+        opened = [open_row(row, _only_table(columns), where=f"row {at}")["table"] or {} for at, row in enumerate(rows)]
+        schema = TableSchema.fit(opened, numeric=numeric, categorical=categorical)
+        config.table = schema.as_config()
+    model = FusionModel.from_encoders(config, loaded)
+    return model, FusionProcessor(parts, schema)
+
+
+def _only_table(columns: Columns) -> Columns:
+    held = {name: names for name, names in columns.modalities.items() if name == "table"}
+    return Columns(columns.kinds, columns.reasons, held, columns.label)
+
+
+def _train(
+    fitted: Fitted,
+    rows: list[dict[str, Any]],
+    labels: torch.Tensor,
+    *,
+    epochs: int,
+    rates: Mapping[bool, float],
+    seed: int,
+) -> list[float]:
+    model = fitted.model
+    groups = []
+    for inside, rate in rates.items():
+        for decayed in (True, False):
+            chosen = [
+                parameter
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad
+                and name.startswith("encoders.") == inside
+                and (parameter.ndim >= 2) == decayed
+            ]
+            if chosen:
+                groups.append({"params": chosen, "lr": rate, "peak": rate, "weight_decay": 0.01 if decayed else 0.0})
+    optimizer = torch.optim.AdamW(groups)
+    per_epoch = math.ceil(len(rows) / fitted.batch_size)
+    losses: list[float] = []
+    for epoch in range(epochs):
+        order = list(range(len(rows)))
+        generator(seed, "fit", "order", epoch).shuffle(order)
+        for start in range(0, len(rows), fitted.batch_size):
+            step, chosen_rows = len(losses), order[start : start + fitted.batch_size]
+            torch.manual_seed(fold(seed, "fit", "step", step))
+            model.train()
+            numbered = [(at, rows[at]) for at in chosen_rows]
+            batch = _batch(fitted.processor, fitted.columns, numbered, root=fitted.root)
+            out = model(**batch, labels=labels[chosen_rows])
+            loss = out.loss_sum / max(int(out.loss_count), 1)
+            if not torch.isfinite(loss):
+                raise NonFiniteError(f"the loss is {loss.item()} in step {step}", do="lower learning_rate")
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scale = lr_scale(step, total=epochs * per_epoch, warmup_ratio=0.05, kind="cosine")
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * scale
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
+
+
+def _batch(
+    processor: FusionProcessor,
+    columns: Columns,
+    rows: Sequence[tuple[int, Mapping[str, Any]]],
+    *,
+    root: Path | None,
+) -> dict[str, Any]:
+    rates = {int(part.sampling_rate) for kind, part in processor.parts.values() if kind == "audio"}
+    rate = rates.pop() if rates else 16000
+    return processor([open_row(row, columns, where=f"row {at}", root=root, sampling_rate=rate) for at, row in rows])
+
+
+def _targets(rows: Sequence[Mapping[str, Any]], columns: Columns) -> list[float]:
+    out = []
+    for index, row in enumerate(rows):
+        cell = row.get(columns.label)
+        try:
+            number = float("nan") if is_missing(cell) else float(cell)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            number = float("nan")
+        if not math.isfinite(number):
+            raise DataError(
+                f"the label {cell!r} is no finite number", where=f"row {index}, column {columns.label}", do="mend it"
+            )
+        out.append(number)
+    return out

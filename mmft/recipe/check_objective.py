@@ -1,0 +1,75 @@
+"""Rules of the objective section: what the other objective reads, and what a contrastive run cannot do."""
+
+from __future__ import annotations
+
+from mmft.recipe.rules import Rule
+from mmft.recipe.schema import Recipe, Section
+
+
+def _paired(recipe: Recipe) -> bool:
+    return recipe.objective.name == "contrastive"
+
+
+def _rows(recipe: Recipe) -> int:
+    section = recipe.train
+    return section.effective_batch_size or section.per_device_train_batch_size * section.gradient_accumulation_steps
+
+
+def _told(section: Section, name: str) -> bool:
+    """Whether a field has another value than its default; the recipe of a run folder spells out the defaults too."""
+    return bool(getattr(section, name) != type(section).model_fields[name].default)
+
+
+def _unread(name: str, *, by: str) -> Rule:
+    other = "contrastive" if by == "sft" else "sft"
+    return Rule(
+        f"objective.{name}",
+        (f"objective.{name}", "objective.name"),
+        lambda r: r.objective.name == by and _told(r.objective, name),
+        f"objective.{name}: {by} does not read it",
+        f"take it out, or set objective.name: {other}",
+    )
+
+
+OBJECTIVE_RULES: tuple[Rule, ...] = (
+    _unread("label_smoothing_factor", by="contrastive"),
+    _unread("loss", by="sft"),
+    _unread("captions_per_image", by="sft"),
+    _unread("train_logit_scale", by="sft"),
+    Rule(
+        "objective.name",
+        ("objective.name", "train.per_device_train_batch_size", "train.effective_batch_size"),
+        lambda r: _paired(r) and _rows(r) < 2,
+        "objective.name: contrastive with one row in a step: there is nothing to tell it from",
+        "set train.per_device_train_batch_size or train.effective_batch_size; hundreds of rows are usual",
+        "2 rows or more in a step",
+    ),
+    Rule(
+        "evaluate.metrics",
+        ("evaluate.metrics", "objective.name"),
+        lambda r: _paired(r) and _told(r.evaluate, "metrics"),
+        "evaluate.metrics: a contrastive run is scored by retrieval (R@1, R@5, R@10, mAP, median rank)",
+        "take it out",
+    ),
+    Rule(
+        "evaluate.group_by",
+        ("evaluate.group_by", "objective.name"),
+        lambda r: _paired(r) and bool(r.evaluate.group_by),
+        "evaluate.group_by: retrieval is not split by tags",
+        "take it out, or make an evaluation set of each group",
+    ),
+    Rule(
+        "adapter.init_lora_weights",
+        ("adapter.init_lora_weights", "objective.name"),
+        lambda r: _paired(r) and r.adapter.init_lora_weights == "eva",
+        "adapter.init_lora_weights: eva looks at batches of conversations, and objective.name is contrastive",
+        "choose another start",
+    ),
+    Rule(
+        "adapter.method",
+        ("adapter.method", "objective.name"),
+        lambda r: _paired(r) and r.adapter.method in ("prompt", "prefix"),
+        "adapter.method: {adapter.method} puts vectors before a language model's text; a dual encoder has none",
+        "choose lora or another method that changes layers",
+    ),
+)
