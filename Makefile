@@ -30,7 +30,7 @@ lint: $(VENV)/.test  ## format, lint, types
 test: $(VENV)/.test lint  ## the ordinary tests, with line coverage
 	$(BIN)/python -m pytest tests -m 'not slow' -n 2 --dist loadfile --cov=mmft --cov-report=term
 
-test-slow: $(VENV)/.test  ## longer suites: memory of the merge at full size, kills of the demo
+test-slow: $(VENV)/.test  ## longer suites: memory of the merge at 1.2 and 6 GB (15 GB of disk), kills of the demo
 	$(BIN)/python -m pytest tests -m slow -n 0
 
 test-methods: $(VENV)/.test  ## every adapter method on seven families, one table (about two minutes)
@@ -42,7 +42,7 @@ test-families: $(VENV)/.test  ## the proof of every model family of transformers
 bench: $(VENV)/.test  ## ratios against the plain path, measured in one run
 	$(BIN)/python tests/bench/bench.py
 
-bench-merge: $(VENV)/.test  ## memory and time of the merge against cp, 1.2 and 6 GB (needs 20 GB of disk)
+bench-merge: $(VENV)/.test  ## memory and time of the merge against cp at three settings, 1.2 and 6 GB (20 GB of disk)
 	$(BIN)/python tests/bench/bench_merge.py
 
 clean:
