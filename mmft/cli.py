@@ -32,10 +32,9 @@ def _show(value: Any, *, as_json: bool, text: str | None = None) -> None:
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> str:
     """A plain table for standard output: aligned columns, no colour, good for pipes."""
-    widths = [max(len(str(cell)) for cell in column) for column in zip(columns, *rows, strict=True)]
-    lines = ["  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    head = "  ".join(name.ljust(width) for name, width in zip(columns, widths, strict=True))
-    return "\n".join(line.rstrip() for line in (title, head, "-" * len(head), *lines))
+    from mmft.summary import grid
+
+    return "\n".join((title, *grid(columns, rows)))
 
 
 @app.command()

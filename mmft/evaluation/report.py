@@ -18,11 +18,11 @@ from mmft.errors import CheckpointError
 from mmft.evaluation.answers import PredictionStore
 from mmft.evaluation.cards import changed_cards
 from mmft.evaluation.plots import Lane, Mark, Point, forest_chart, legend_shape, line_chart
-from mmft.evaluation.verdict import agreement, label, probability, summary_rows, verdict
+from mmft.evaluation.verdict import agreement, label, probability, verdict
 from mmft.files import write_text
 from mmft.journal import read_jsonl
 
-__all__ = ["rebuild_report", "summary_rows", "write_report"]
+__all__ = ["rebuild_report", "write_report"]
 
 # Rows of the forest chart and of a group table; a tag with hundreds of values would bury the page.
 _MOST_GROUPS = 24

@@ -78,19 +78,3 @@ def probability(value: float | None) -> str:
     if value is None:
         return ""
     return "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
-
-
-def summary_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows) for the console: one row per set and metric, one column per model, and the adapter's gain."""
-    sets: Mapping[str, Any] = report.get("sets") or {}
-    models = list(dict.fromkeys(model for entry in sets.values() for model in entry["scores"]))
-    rows: list[list[str]] = []
-    for name, entry in sets.items():
-        metrics = next(iter(entry["scores"].values()))
-        for metric in metrics:
-            cells = [_score(entry["scores"][model][metric]) if model in entry["scores"] else "" for model in models]
-            change = ((entry.get("paired") or {}).get("adapter-base") or {}).get("metrics", {}).get(metric)
-            gain = f"{change['difference']:+.2f} ({probability(change['p'])})" if change else ""
-            count = next(iter(entry["scores"].values()))[metric]["n"]
-            rows.append([name, label(metric), f"{count:,}", *cells, gain])
-    return ["set", "metric", "rows", *models, "adapter - base"], rows

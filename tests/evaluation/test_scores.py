@@ -10,7 +10,7 @@ from mmft.data.sample import MediaRef, Piece, Sample, Turn
 from mmft.errors import CheckpointError, DataError
 from mmft.evaluation.answers import PredictionStore
 from mmft.evaluation.scores import UNTAGGED, score_records
-from mmft.evaluation.verdict import summary_rows, verdict
+from mmft.evaluation.verdict import verdict
 from tests.data import small
 
 
@@ -95,19 +95,6 @@ def test_verdicts_in_words(records):
     only = score_records(records, ["base"], ["token_f1"], bootstrap_samples=50)
     assert verdict(only).startswith("On 40 rows of heldout, the base model reached 0.75 (")
     assert verdict({"name": "x"}) == "This run was trained but not evaluated."
-
-
-def test_summary_for_the_console(records):
-    columns, rows = summary_rows(scored(records))
-    assert columns == ["set", "metric", "rows", "base", "adapter", "merged", "adapter - base"]
-    assert [row[:3] for row in rows] == [
-        ["heldout", "exact match", "40"],
-        ["heldout", "BLEU-4", "40"],
-        ["transfer", "exact match", "2"],
-        ["transfer", "BLEU-4", "2"],
-    ]
-    assert rows[0][-1].startswith("+0.50 (p = ")
-    assert summary_rows({"name": "x"}) == (["set", "metric", "rows", "adapter - base"], [])
 
 
 def sample(name: str, *media: MediaRef, answers: tuple[str, ...] = ()) -> Sample:
