@@ -21,6 +21,9 @@ class Finding:
     allowed: str | None = None
 
 
+DATA_FILES = "a .jsonl, .json, .parquet or .csv file, a folder of the datasets library, or shipped:emoji-scenes/NAME"
+
+
 def _exists(path: str, *, folder: bool = False) -> bool:
     try:
         return bool(path) and (Path(path).is_dir() if folder else Path(path).exists())
@@ -54,12 +57,11 @@ def missing_sources(recipe: Recipe) -> Iterator[Finding]:
                 f"{field}.path", f"{field}.path: {source.path[:120]!r} is a URL", do, "a local file or folder"
             )
         elif not _exists(source.path):
-            yield Finding(
-                f"{field}.path", f"{field}.path: {source.path[:200]!r} does not exist", _near_file(source.path)
-            )
+            what = f"{field}.path: {source.path[:200]!r} does not exist"
+            yield Finding(f"{field}.path", what, _near_file(source.path), DATA_FILES)
         if source.media_root is not None and not _exists(source.media_root, folder=True):
             what = f"{field}.media_root: {source.media_root[:200]!r} is not a folder"
-            yield Finding(f"{field}.media_root", what, "name the folder that image paths are relative to")
+            yield Finding(f"{field}.media_root", what, "name the folder that image paths are relative to", "a folder")
 
 
 def missing_model(recipe: Recipe) -> Iterator[Finding]:

@@ -142,6 +142,8 @@ CASES = [
     (
         "eval_dataset: [held.jsnl]\n",
         "data.eval.0.path: 'held.jsnl' does not exist\n  at      r.yaml:3\n"
+        "  allowed a .jsonl, .json, .parquet or .csv file, a folder of the datasets library, or "
+        "shipped:emoji-scenes/NAME\n"
         "  do      check the path (nearest: 'held.jsonl')",
     ),
     ("eval_dataset: {path: held.jsonl, media_root: no-where}\n", "data.eval.0.media_root: 'no-where' is not a folder"),
