@@ -36,6 +36,7 @@ __all__ = [
     "scratch_folder",
     "sha256_bytes",
     "sha256_file",
+    "sync_path",
     "to_json",
     "verify_folder",
     "write_bytes",
@@ -107,7 +108,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _fsync(path.parent)
+        sync_path(path.parent)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -148,7 +149,8 @@ def append_jsonl(path: str | Path, obj: Any) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
-def _fsync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """fsync of a file or folder."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
@@ -235,7 +237,7 @@ def atomic_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
             if final.exists():
                 os.rename(final, aside)
             os.rename(temporary, final)
-            _fsync(final.parent)
+            sync_path(final.parent)
             shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -293,11 +295,11 @@ def write_manifest(folder: Path) -> None:
     entries = {}
     for name, path in files.items():
         path.chmod(mode)
-        _fsync(path)
+        sync_path(path)
         entries[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     write_json(folder / MANIFEST, {"files": entries, "digest": sha256_bytes(to_json(entries).encode())})
     for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
-        _fsync(path)
+        sync_path(path)
 
 
 def _mode_by_umask(folder: Path) -> int:

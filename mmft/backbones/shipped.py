@@ -108,16 +108,23 @@ def create_nano_vlm_init(folder: Path, *, seed: int = 0) -> Path:
         torch.nn.Module.to(model, torch.bfloat16)
         model.save_pretrained(made)
         build_processor(tokenizer).save_pretrained(made)
-        try:
-            made.replace(folder)
-        except OSError as error:
-            # Another process made the same start meanwhile.
-            if not (folder / "config.json").is_file():
-                raise BackboneError(
-                    f"the untrained start cannot be moved to {folder}: {error}",
-                    do="set MMFT_CACHE to a folder on a disk with room that may be written to",
-                ) from error
+        keep_made(made, folder, what="the untrained start")
     return folder
+
+
+def keep_made(made: Path, folder: Path, *, what: str) -> None:
+    """Move a model that was made into the cache; another process may have made the same one meanwhile.
+
+    Raises BackboneError when the cache cannot be written to.
+    """
+    try:
+        made.replace(folder)
+    except OSError as error:
+        if not (folder / "config.json").is_file():
+            raise BackboneError(
+                f"{what} cannot be moved to {folder}: {error}",
+                do="set MMFT_CACHE to a folder on a disk with room that may be written to",
+            ) from error
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> FastVlmForConditionalGeneration:

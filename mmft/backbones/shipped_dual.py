@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mmft.backbones.shipped import resolve_shipped, tower_weights
+from mmft.backbones.shipped import keep_made, resolve_shipped, tower_weights
 from mmft.errors import BackboneError
 from mmft.files import scratch_folder, sha256_file
 
@@ -59,15 +59,7 @@ def create_dual(folder: Path, *, seed: int = 0) -> Path:
     with scratch_folder(folder.parent, folder.name) as made:
         model.save_pretrained(made)
         build_processor(source).save_pretrained(made)
-        try:
-            made.replace(folder)
-        except OSError as error:
-            # Another process made the same start meanwhile.
-            if not (folder / "config.json").is_file():
-                raise BackboneError(
-                    f"the dual encoder cannot be moved to {folder}: {error}",
-                    do="set MMFT_CACHE to a folder on a disk with room that may be written to",
-                ) from error
+        keep_made(made, folder, what="the dual encoder")
     return folder
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mmft.errors import CheckpointError
-from mmft.files import MANIFEST, scratch_folder, sha256_bytes, sha256_file, to_json, write_json
+from mmft.files import MANIFEST, scratch_folder, sha256_bytes, sha256_file, sync_path, to_json, write_json
 
 _AHEAD = 16 << 20  # bytes that may wait to be hashed
 _FLUSH = 64 << 20  # bytes after which the kernel is asked to begin writing them to the disk
@@ -159,7 +159,7 @@ def hashed_folder(final: Path) -> Iterator[tuple[Path, dict[str, tuple[int, str]
         if final.exists() or final.is_symlink():
             raise CheckpointError(f"{final.name} exists already", where=str(final), do="delete it, or write elsewhere")
         os.rename(folder, final)
-        _sync(final.parent)
+        sync_path(final.parent)
 
 
 def _write_manifest(folder: Path, known: dict[str, tuple[int, str]]) -> None:
@@ -173,19 +173,11 @@ def _write_manifest(folder: Path, known: dict[str, tuple[int, str]]) -> None:
         path.chmod(mode)
         name = path.relative_to(folder).as_posix()
         if name not in known:
-            _sync(path)
+            sync_path(path)
         size, digest = known.get(name) or (path.stat().st_size, sha256_file(path))
         if path.stat().st_size != size:
             raise CheckpointError(f"{name} has changed while it was written", where=str(path), do="merge again")
         entries[name] = {"bytes": size, "sha256": digest}
     write_json(folder / MANIFEST, {"files": entries, "digest": sha256_bytes(to_json(entries).encode())})
     for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_path(path)
