@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from mmft.backbones.load import load_backbone
-from mmft.data.tables import Columns, class_labels, infer_columns, is_missing, load_table, open_row
+from mmft.data.table_rows import class_labels, open_row
+from mmft.data.tables import Columns, infer_columns, is_missing, load_table
 from mmft.engine.optim import lr_scale
 from mmft.errors import DataError, NonFiniteError, RecipeError, choices
 from mmft.evaluation.metrics.classification import classify

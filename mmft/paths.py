@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import stat
 from pathlib import Path
 
 from mmft.errors import DataError
@@ -17,7 +17,24 @@ def contained(root: Path, relative: str) -> Path:
     Raises DataError for anything else: an absolute path outside, `..`, `~`, a URL, NUL, a link that leads out,
     a missing file, a folder, a pipe, a device.
     """
-    shown = repr(relative if not isinstance(relative, str) or len(relative) <= 120 else relative[:117] + "...")
+    path = located(root, relative)
+    if not os.path.isfile(path):
+        raise DataError(
+            f"path {_shown(relative)} is not a regular file",
+            where=str(root),
+            allowed=f"a file inside {root}",
+            do="give a path relative to that folder, or set media_root",
+        )
+    return path
+
+
+def _shown(relative: object) -> str:
+    return repr(relative if not isinstance(relative, str) or len(relative) <= 120 else relative[:117] + "...")
+
+
+def located(root: Path, relative: str) -> Path:
+    """The file, folder or device `relative` below `root`, links resolved; as `contained`, whatever stands there."""
+    shown = _shown(relative)
     allowed = f"a file inside {root}"
 
     def refuse(why: str, do: str = "give a path relative to that folder, or set media_root") -> DataError:
@@ -36,13 +53,10 @@ def contained(root: Path, relative: str) -> Path:
     try:
         base = Path(root).resolve(strict=True)
         path = (base / relative).resolve(strict=True)
-        mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise refuse("does not exist", "check the spelling, and that media_root is the right folder") from None
     except (OSError, RuntimeError, ValueError) as error:
         raise refuse(f"cannot be resolved ({type(error).__name__})") from None
     if not path.is_relative_to(base):
         raise refuse("leads outside")
-    if not stat.S_ISREG(mode):
-        raise refuse("is not a regular file")
     return path

@@ -7,12 +7,13 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mmft.data.media import media_digest
 from mmft.data.render import IGNORED, Renderer
-from mmft.data.sample import Sample
+from mmft.data.sample import MediaRef, Sample
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,21 @@ def audit(samples: Sequence[Sample], renderer: Renderer, *, limit: int | None = 
 
 
 def fingerprint(samples: Iterable[Sample]) -> str:
-    """sha256 over ids, turns, references, tags and the content of the pictures, in order; not over where files lie."""
+    """sha256 over ids, turns, references, tags, cells and the content of the media, in order; not over where files
+    lie."""
     digest = hashlib.sha256()
     for sample in samples:
         turns = [[turn.role, [[piece.kind, piece.text] for piece in turn.pieces]] for turn in sample.turns]
         media = [media_digest(ref) for ref in sample.media]
-        row = [sample.id, sample.source, turns, media, list(sample.answers), sorted(sample.tags.items())]
+        row: list[Any] = [sample.id, sample.source, turns, media, list(sample.answers), sorted(sample.tags.items())]
         row += [list(sample.negatives)] if sample.negatives else []
+        if sample.cells:
+            row.append(
+                [
+                    [name, cell.kind, cell.value.kind if isinstance(cell.value, MediaRef) else cell.value]
+                    for name, cell in sample.cells.items()
+                ]
+            )
         digest.update(json.dumps(row, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
     return digest.hexdigest()
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from mmft.data.media import MAX_FILE_BYTES, media_file
-from mmft.data.sample import MediaRef, Piece, Role, Sample, Turn
+from mmft.data.references import media_reference
+from mmft.data.sample import Piece, Role, Sample, Turn
 from mmft.errors import DataError, choices
 
 PLACEHOLDER = "<image>"
@@ -28,7 +22,6 @@ _ROLES: dict[str, Role] = {
     "gpt": "assistant",
     "model": "assistant",
 }
-_DATA_URL = re.compile(r"data:image/[a-z+.-]+;base64,", re.I)
 _QA_FIELDS = ("image", "question", "answer", "answers", "id", "tags")
 
 
@@ -209,7 +202,7 @@ def _sample(
     return Sample(
         id=f"{context.name}-{number}" if given is None or given == "" else str(given),
         turns=turns,
-        media=tuple(image_reference(image, context.root, where) for image in images),
+        media=tuple(media_reference(image, context.root, where) for image in images),
         answers=() if answers is None else _answers(list(_listed(answers)), where),
         tags={str(key): str(value) for key, value in tags.items() if value is not None},
         source=context.name,
@@ -244,28 +237,3 @@ def _check_turns(turns: tuple[Turn, ...], where: str) -> None:
         "".join(texts).encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(f"a text holds half a surrogate pair ({error.object[error.start]!a})", where=where) from error
-
-
-def image_reference(image: Any, root: Path, where: str) -> MediaRef:
-    """A reference to a picture that exists: a path below `root` (looked up, not opened) or encoded bytes."""
-    if isinstance(image, dict):
-        image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
-    if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        (image if image.mode in ("1", "L", "P", "RGB", "RGBA", "I;16") else image.convert("RGB")).save(buffer, "PNG")
-        image = buffer.getvalue()
-    if isinstance(image, str) and (match := _DATA_URL.match(image)):
-        try:
-            image = base64.b64decode(image[match.end() :], validate=True)
-        except binascii.Error as error:
-            raise DataError(f"the picture's base64 text is broken: {error}", where=where) from error
-    if isinstance(image, (bytes, bytearray)):
-        if not 0 < len(image) <= MAX_FILE_BYTES:
-            raise DataError(f"the picture has {len(image)} bytes", where=where, allowed=f"1 to {MAX_FILE_BYTES}")
-        return MediaRef(data=bytes(image))
-    if not isinstance(image, str):
-        raise DataError(f"an image is {_kind(image)}", where=where, allowed="a path or encoded bytes")
-    ref = MediaRef(path=image, root=root)
-    if media_file(ref).stat().st_size == 0:
-        raise DataError(f"the picture '{image}' is empty (0 bytes)", where=where)
-    return ref

@@ -1,23 +1,27 @@
 """Rows of any dialect become `Sample`s; every row that does not is listed with its line and reason.
 
-Four dialects: `messages` (+ `images`), LLaVA `conversations`, `qa` (`image, question, answer(s)`), and `pairs` (`image,
-caption(s)`). No picture is decoded here; a path is only looked up below its media root.
+Five dialects: `messages` (+ `images`), LLaVA `conversations`, `qa` (`image, question, answer(s)`), `pairs` (`image,
+caption(s)`; sounds and videos too) and `table` (columns of any kind). `layouts.py` says how a source lies on disk. No
+medium is decoded here; a path is only looked up below its media root.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from mmft.data.dialects import DIALECTS, RowContext, guess_format
+from mmft.data.layouts import Source, open_source
 from mmft.data.pairs import looks_like_pairs, parse_pair
-from mmft.data.readers import Row, read_rows
+from mmft.data.readers import Row
 from mmft.data.sample import Sample
+from mmft.data.table_rows import parse_table
+from mmft.data.tables import LABEL, Columns, infer_columns
 from mmft.errors import DataError, Problem
 from mmft.recipe.schema import DataSection, DataSource
 from mmft.seeds import fold
@@ -26,23 +30,32 @@ SHIPPED = "shipped:emoji-scenes/"
 SHIPPED_PAIRS = "shipped:emoji-pairs/"
 _LOOK = 20
 
-Format = Literal["messages", "llava", "qa", "pairs"]
-PARSERS = {**DIALECTS, "pairs": parse_pair}
+TABLE = "table"
+PARSERS = {**DIALECTS, "pairs": parse_pair, TABLE: parse_table}
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """One data set: its good samples in file order, the bad rows as (where, reason), the dialect, the bad share."""
+    """One data set: its good samples in file order, the bad rows as (where, reason), the dialect, the layout, and the
+    columns of a table."""
 
     samples: list[Sample]
     bad: list[tuple[str, str]]
     format: str
     name: str
+    layout: str = "rows"
+    columns: Columns | None = None
 
     @property
     def bad_fraction(self) -> float:
         """Share of the rows read that are bad."""
         return len(self.bad) / max(1, len(self.bad) + len(self.samples))
+
+    def told(self) -> str:
+        """What was read and how, for the console; of a table, its columns too."""
+        rows = f"{self.name}: {len(self.samples)} rows read as '{self.format}'"
+        rows += f", lying as '{self.layout}'" if self.layout != "rows" else ""
+        return rows if self.columns is None else f"{rows}\n{self.columns.table()}"
 
 
 def source_path(source: DataSource) -> Path:
@@ -65,15 +78,43 @@ def source_name(source: DataSource) -> str:
     return source.path.removeprefix(SHIPPED) if source.path.startswith(SHIPPED) else Path(source.path).stem
 
 
-def load_samples(source: DataSource, *, seed: int, system: str | None = None) -> Loaded:
+@dataclass(frozen=True)
+class _Opened:
+    """A source whose beginning was looked at: its rows from the first on, its dialect."""
+
+    source: Source
+    rows: Iterable[tuple[str, Row | DataError]]
+    format: str
+    name: str
+
+
+def load_samples(
+    source: DataSource,
+    *,
+    seed: int,
+    system: str | None = None,
+    wanted: Sequence[str] = (),
+    columns: Columns | None = None,
+) -> Loaded:
     """Read one source; bad rows are collected, not raised.
 
     `num_samples` good rows are chosen by fold(seed, name) and kept in file order; `system` is put before rows without
-    a system turn. Raises DataError when the source itself cannot be read, is empty, or has no known dialect.
+    a system turn. `wanted`: dialects that the run learns from (with `table` alone, every row is a table's); `columns`:
+    those of the training rows, for a table that is not to be looked at for itself. Raises DataError when the source
+    itself cannot be read, is empty, or has no known dialect.
     """
-    path, name = source_path(source), source_name(source)
-    rows = read_rows(path)
-    first = list(itertools.islice(rows, _LOOK))
+    opened = _open(source, wanted)
+    if opened.format == TABLE:
+        [opened], found = _with_columns([source], [opened])
+        columns = columns or found
+    return _loaded(source, opened, seed=seed, system=system, columns=columns)
+
+
+def _open(source: DataSource, wanted: Sequence[str]) -> _Opened:
+    path = source_path(source)
+    root = Path(source.media_root) if source.media_root else None
+    found = open_source(path, layout=source.format, media_root=root)
+    first = list(itertools.islice(found.rows, _LOOK))
     if not first:
         raise DataError(
             "the data set has no rows", where=str(path), do="check the path, or take the data set out of the recipe"
@@ -82,24 +123,42 @@ def load_samples(source: DataSource, *, seed: int, system: str | None = None) ->
     if not look:
         broken = [problem for _, row in first[:5] if isinstance(row, DataError) for problem in row.problems]
         raise DataError([Problem(f"none of the first {len(first)} rows can be read", str(path)), *broken])
-    form = source.format if source.format != "auto" else _guessed(look, source, path)
-    root = Path(source.media_root) if source.media_root else path.parent
-    context = RowContext(name=name, root=root, columns=dict(source.columns), system=system)
-    samples, bad = _parse(itertools.chain(first, rows), form, context)
-    if source.num_samples is not None and source.num_samples < len(samples):
-        chosen = np.random.Generator(np.random.PCG64(fold(seed, "num_samples", name)))
-        kept = np.sort(chosen.permutation(len(samples))[: source.num_samples])
-        samples = [samples[index] for index in kept]
-    return Loaded(samples, bad, form, name)
+    form = source.format if source.format in PARSERS else _guessed(look, source, path, wanted)
+    return _Opened(found, itertools.chain(first, found.rows), form, source_name(source))
 
 
-def _guessed(rows: Sequence[Row], source: DataSource, path: Path) -> str:
+def _guessed(rows: Sequence[Row], source: DataSource, path: Path, wanted: Sequence[str]) -> str:
+    if tuple(wanted) == (TABLE,):
+        return TABLE
     try:
         return guess_format(rows, source.columns, where=str(path))
     except DataError:
         if looks_like_pairs(rows, source.columns):
             return "pairs"
+        if TABLE in wanted or any(LABEL in row for row in rows) or LABEL in source.columns.values():
+            return TABLE
         raise
+
+
+def _with_columns(sources: Sequence[DataSource], opened: Sequence[_Opened]) -> tuple[list[_Opened], Columns]:
+    """The sources with their rows in memory, and one set of columns for all of them."""
+    held = [dataclasses.replace(one, rows=list(one.rows)) for one in opened]
+    rows = [row for one in held for _, row in one.rows if not isinstance(row, DataError)]
+    declared = {name: kind for source in sources for name, kind in source.columns.items()}
+    return held, infer_columns(rows, declared=declared)
+
+
+def _loaded(source: DataSource, opened: _Opened, *, seed: int, system: str | None, columns: Columns | None) -> Loaded:
+    tabular = opened.format == TABLE and columns is not None
+    names = columns.kinds if tabular and columns is not None else dict(source.columns)
+    context = RowContext(name=opened.name, root=opened.source.root, columns=names, system=system)
+    samples, bad = _parse(opened.rows, opened.format, context)
+    if source.num_samples is not None and source.num_samples < len(samples):
+        chosen = np.random.Generator(np.random.PCG64(fold(seed, "num_samples", opened.name)))
+        kept = np.sort(chosen.permutation(len(samples))[: source.num_samples])
+        samples = [samples[index] for index in kept]
+    layout = opened.source.layout
+    return Loaded(samples, bad, opened.format, opened.name, layout, columns if tabular else None)
 
 
 def _parse(
@@ -133,14 +192,32 @@ def _reason(error: DataError) -> str:
     return problem.what + (f" (allowed: {problem.allowed})" if problem.allowed else "")
 
 
-def load_many(sources: Sequence[DataSource], section: DataSection, seed: int) -> list[Loaded]:
-    """Read several sources and hold them to `max_bad_fraction` each.
+def load_many(
+    sources: Sequence[DataSource],
+    section: DataSection,
+    seed: int,
+    *,
+    wanted: Sequence[str] = (),
+    columns: Columns | None = None,
+) -> list[Loaded]:
+    """Read several sources and hold them to `max_bad_fraction` each; see `load_samples`. Tables among them have the
+    same columns: `columns`, or what their rows together show.
 
     Raises DataError with the count, the first five bad rows with their lines, and what to do.
     """
-    loaded = [load_samples(source, seed=seed, system=section.system) for source in sources]
-    for one in loaded:
-        check_bad(one, section.max_bad_fraction)
+    opened = [_open(source, wanted) for source in sources]
+    tables = [at for at, one in enumerate(opened) if one.format == TABLE]
+    if tables:
+        held, found = _with_columns([sources[at] for at in tables], [opened[at] for at in tables])
+        columns = columns or found
+        for at, table in zip(tables, held, strict=True):
+            opened[at] = table
+    loaded = [
+        _loaded(source, one, seed=seed, system=section.system, columns=columns)
+        for source, one in zip(sources, opened, strict=True)
+    ]
+    for checked in loaded:
+        check_bad(checked, section.max_bad_fraction)
     return loaded
 
 

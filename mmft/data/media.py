@@ -1,7 +1,7 @@
-"""A `MediaRef` becomes an RGB picture: header checked before anything is decoded, colours and rotation made plain.
+"""A `MediaRef` becomes bytes, and an RGB picture: header checked before decoding, colours and rotation made plain.
 
-Pictures are untrusted: they stay inside their root, formats are on a list, sizes are capped by the header, and
-every way of being broken is a `DataError` that names the file.
+Media are untrusted: they stay inside their root, formats are on a list, sizes are capped by the header, and every way
+of being broken is a `DataError` that names the file. Sounds and videos (`sounds.py`, `videos.py`) read through here.
 """
 
 from __future__ import annotations
@@ -9,30 +9,65 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mmft.data.sample import MediaRef
+from mmft.data.sample import MediaKind, MediaRef
 from mmft.errors import DataError, MmftError
-from mmft.files import contained
+from mmft.paths import contained, located
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_FILE_BYTES = 256 * 1024 * 1024
+SUFFIXES: dict[MediaKind, tuple[str, ...]] = {
+    "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    "audio": (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"),
+    "video": (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"),
+}
 _ROTATED = (5, 6, 7, 8)
 _ORIENTATION = 0x0112
+_MAGIC: tuple[tuple[MediaKind, int, bytes], ...] = (
+    ("image", 0, b"\x89PNG"),
+    ("image", 0, b"\xff\xd8\xff"),
+    ("image", 0, b"GIF8"),
+    ("image", 0, b"BM"),
+    ("image", 0, b"II*\0"),
+    ("image", 0, b"MM\0*"),
+    ("image", 8, b"WEBP"),
+    ("audio", 8, b"WAVE"),
+    ("audio", 0, b"fLaC"),
+    ("audio", 0, b"OggS"),
+    ("audio", 0, b"ID3"),
+    ("audio", 0, b"\xff\xfb"),
+    ("video", 8, b"AVI "),
+    ("video", 4, b"ftyp"),
+    ("video", 0, b"\x1aE\xdf\xa3"),
+    ("video", 0, b"\0\0\1\xba"),
+)
+
+
+def kind_of_name(name: str) -> MediaKind | None:
+    """What a file's ending says it is; None for none of the three."""
+    return next((kind for kind, endings in SUFFIXES.items() if name.lower().endswith(endings)), None)
+
+
+def kind_of_bytes(data: bytes) -> MediaKind | None:
+    """What a file's first bytes say it is; None for none of the three."""
+    return next((kind for kind, at, magic in _MAGIC if data[at : at + len(magic)] == magic), None)
 
 
 def media_name(ref: MediaRef) -> str:
     """How errors and reports call a medium."""
     if ref.path is not None:
         return str(Path(ref.root) / ref.path) if ref.root is not None else ref.path
-    return f"{len(ref.data or b'')} bytes in the row"
+    return f"{len(ref.frames)} frames in the row" if ref.frames else f"{len(ref.data or b'')} bytes in the row"
 
 
 def media_file(ref: MediaRef) -> Path:
@@ -44,45 +79,81 @@ def media_file(ref: MediaRef) -> Path:
     return contained(Path(ref.root), ref.path)
 
 
-def read_bytes(ref: MediaRef) -> bytes:
-    """The encoded bytes. The file is opened without following a link or waiting for a pipe."""
+@contextmanager
+def open_bytes(ref: MediaRef) -> Iterator[BinaryIO]:
+    """The encoded bytes as a stream. The file is opened without following a link or waiting for a pipe."""
     if ref.data is not None:
-        return ref.data
+        yield io.BytesIO(ref.data)
+        return
     path = media_file(ref)
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with os.fdopen(handle, "rb") as stream:
-            status = os.fstat(stream.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise DataError(
-                    "the medium is not a regular file",
-                    where=str(path),
-                    do="copy the real file there, or remove the row",
-                )
-            if status.st_size > MAX_FILE_BYTES:
-                raise DataError(
-                    f"the file has {status.st_size} bytes",
-                    where=str(path),
-                    allowed=f"at most {MAX_FILE_BYTES} bytes",
-                    do="scale the picture down, or remove the row",
-                )
-            return stream.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise DataError(
-            f"the medium cannot be read: {error.strerror}",
-            where=str(path),
-            allowed="a regular file that this user may read",
-            do="check the file's rights, replace it or remove the row",
-        ) from error
+        raise _unreadable(path, error) from error
+    with os.fdopen(handle, "rb") as stream:
+        status = os.fstat(stream.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(
+                "the medium is not a regular file", where=str(path), do="copy the real file there, or remove the row"
+            )
+        if status.st_size > MAX_FILE_BYTES:
+            raise DataError(
+                f"the file has {status.st_size} bytes",
+                where=str(path),
+                allowed=f"at most {MAX_FILE_BYTES} bytes",
+                do="make the medium smaller, or remove the row",
+            )
+        yield stream
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"the medium cannot be read: {error.strerror}",
+        where=str(path),
+        allowed="a regular file that this user may read",
+        do="check the file's rights, replace it or remove the row",
+    )
+
+
+def read_bytes(ref: MediaRef) -> bytes:
+    """The encoded bytes, at most `MAX_FILE_BYTES`."""
+    with open_bytes(ref) as stream:
+        try:
+            return stream.read(MAX_FILE_BYTES + 1)
+        except OSError as error:
+            raise _unreadable(media_file(ref), error) from error
 
 
 def media_digest(ref: MediaRef) -> str:
-    """sha256 of the encoded bytes."""
+    """sha256 of the encoded bytes; of a video of single frames, over their digests."""
+    frames = frames_of(ref)
+    if frames:
+        return hashlib.sha256("".join(map(media_digest, frames)).encode()).hexdigest()
     return hashlib.sha256(read_bytes(ref)).hexdigest()
 
 
+def frames_of(ref: MediaRef) -> tuple[MediaRef, ...]:
+    """The pictures a video consists of when it is a list or a folder of them, a folder's in natural order of names;
+    () for a file. Raises DataError for a path out of the root and for a folder without pictures."""
+    if ref.frames or ref.kind != "video" or ref.path is None or ref.root is None:
+        return ref.frames
+    folder = located(Path(ref.root), ref.path)
+    if not folder.is_dir():
+        return ()
+    names = [name for name in os.listdir(folder) if kind_of_name(name) == "image" and not name.startswith(".")]
+    if not names:
+        raise DataError("the folder holds no pictures", where=str(folder), do="give frames as 0001.png, 0002.png, ...")
+    return tuple(MediaRef(path=f"{ref.path}/{name}", root=ref.root) for name in sorted(names, key=_natural))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """2.png before 10.png."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part), "") if at % 2 else (-1, part) for at, part in enumerate(parts)]
+
+
 @contextmanager
-def _header(ref: MediaRef, max_pixels: int) -> Iterator[Image.Image]:
+def header(ref: MediaRef, max_pixels: int) -> Iterator[Image.Image]:
     """The picture with only its header read, after the checks of format and size."""
     name, data = media_name(ref), read_bytes(ref)
     if not data:
@@ -131,7 +202,7 @@ def _header(ref: MediaRef, max_pixels: int) -> Iterator[Image.Image]:
 
 def image_size(ref: MediaRef, *, max_pixels: int) -> tuple[int, int]:
     """(width, height) as `open_image` will return it, from the header alone."""
-    with _header(ref, max_pixels) as image:
+    with header(ref, max_pixels) as image:
         width, height = image.size
         return (height, width) if image.getexif().get(_ORIENTATION) in _ROTATED else (width, height)
 
@@ -142,13 +213,14 @@ def open_image(ref: MediaRef, *, max_pixels: int) -> Image.Image:
     Raises DataError (with the file's name) when the file leaves its root, is no listed format, has more pixels than
     `max_pixels` (before decoding), is truncated or corrupt.
     """
-    with _header(ref, max_pixels) as image:
+    with header(ref, max_pixels) as image:
         image.load()
         upright = image if image.getexif().get(_ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
-        return _rgb(upright)
+        return to_rgb(upright)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The loaded picture as 8-bit RGB, alpha composited on white."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):

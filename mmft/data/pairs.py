@@ -1,9 +1,10 @@
-"""Pairs of a picture and its texts: rows, tokens and batches for contrastive learning.
+"""Pairs of a picture (or sound, or video) and its texts: rows, tokens and batches for contrastive learning.
 
-A row has a picture (`image`) and one or more texts (`caption`, `captions` or `text`; other names by `columns`), and may
-have texts that look right and are wrong (`negatives`) and a `group`. Rows of one picture, as in caption files with a
-line for each caption, become one sample. Rows with the same group are all right for each other (variants of one
-thing); by default the picture is the group.
+A row has a medium (`image`, `audio`, `video`, or `file_name` of any of them) and one or more texts (`caption`,
+`captions`, `text`, or `caption_1`, `caption_2`, ...; other names by `columns`), and may have texts that look right and
+are wrong (`negatives`) and a `group`. Rows of one picture, as in caption files with a line for each caption, become one
+sample. Rows with the same group are all right for each other (variants of one thing); by default the picture is the
+group.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from mmft.data.collate import Batch
-from mmft.data.dialects import MAX_CHARS, RowContext, image_reference
-from mmft.data.media import open_image
+from mmft.data.dialects import MAX_CHARS, RowContext
+from mmft.data.media import kind_of_name, open_image
+from mmft.data.references import media_reference
 from mmft.data.render import OverLength
-from mmft.data.sample import MediaRef, Sample
+from mmft.data.sample import MediaKind, MediaRef, Sample
 from mmft.errors import DataError, MmftError, Problem
 from mmft.seeds import fold, generator
 
@@ -28,33 +31,36 @@ EXTRA = -1
 """The group of a text that belongs to no picture."""
 LEFT, RIGHT = "left_groups", "right_groups"
 _TEXTS = ("captions", "caption", "text")
+_MEDIA: tuple[MediaKind, ...] = ("image", "audio", "video")
+_CALLED = {"image": "picture", "audio": "sound", "video": "video"}
+_NUMBERED = re.compile(r"caption_?[0-9]+")
 _GROUP = "group"
 
 
 def looks_like_pairs(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> bool:
-    """Whether most rows have a picture and a text column."""
-    image = columns.get("image", "image")
-    names = [columns.get(name, name) for name in _TEXTS]
-    return 2 * sum(image in row and any(name in row for name in names) for row in rows) > len(rows)
+    """Whether at least half of the rows have a medium and a text column."""
+
+    def fits(row: Mapping[str, Any]) -> bool:
+        media = any(columns.get(name, name) in row for name in (*_MEDIA, "file_name"))
+        return media and (any(columns.get(name, name) in row for name in _TEXTS) or any(map(_NUMBERED.fullmatch, row)))
+
+    return 2 * sum(map(fits, rows)) >= len(rows)
 
 
 def parse_pair(row: Mapping[str, Any], where: str, number: int, context: RowContext) -> Sample:
     """One row as a `Sample` without turns: its texts are the `answers`, wrong ones the `negatives`.
 
-    Raises DataError for a row without a picture or a text.
+    Raises DataError for a row without a medium or a text, and for one with several media.
     """
 
     def column(name: str) -> Any:
         return row.get(context.columns.get(name, name))
 
-    found = next((value for name in _TEXTS if (value := column(name)) not in (None, "", [])), None)
-    image, given, tags = column("image"), column("id"), row.get("tags") or {}
-    if image in (None, "", []):
-        raise DataError("the row has no picture", where=where, do="give every row an image, or take the row out")
-    if isinstance(image, list):
-        if len(image) != 1:
-            raise DataError(f"the row has {len(image)} pictures", where=where, allowed="one picture in a pair")
-        image = image[0]
+    texts = next((value for name in _TEXTS if (value := column(name)) not in (None, "", [])), None)
+    if texts is None:
+        texts = [row[name] for name in row if _NUMBERED.fullmatch(name) and row[name] not in (None, "")] or None
+    kind, medium = _medium({name: column(name) for name in (*_MEDIA, "file_name")}, where)
+    given, tags = column("id"), row.get("tags") or {}
     if given is not None and not isinstance(given, (str, int)):
         raise DataError(f"the id is a {type(given).__name__}", where=where, allowed="a text or a whole number")
     if not isinstance(tags, dict):
@@ -65,13 +71,36 @@ def parse_pair(row: Mapping[str, Any], where: str, number: int, context: RowCont
     return Sample(
         id=f"{context.name}-{number}" if given in (None, "") else str(given),
         turns=(),
-        media=(image_reference(image, context.root, where),),
-        answers=_texts(found, "caption", where),
+        media=(media_reference(medium, context.root, where, kind),),
+        answers=_texts(texts, "caption", where),
         negatives=() if column("negatives") in (None, "", []) else _texts(column("negatives"), "negative", where),
         tags=marks,
         source=context.name,
         where=where,
     )
+
+
+def _medium(given: Mapping[str, Any], where: str) -> tuple[MediaKind, Any]:
+    """The one medium of a row and its kind."""
+    found = [(kind, given[kind]) for kind in _MEDIA if given[kind] not in (None, "", [])]
+    name = given["file_name"]
+    if not found and isinstance(name, str) and (kind := kind_of_name(name)) is not None:
+        found = [(kind, name)]
+    if not found:
+        raise DataError("the row has no picture", where=where, do="give every row an image, or take the row out")
+    if len(found) > 1:
+        raise DataError(
+            f"the row has {' and '.join(f'{kind} {value!r:.40}' for kind, value in found)}",
+            where=where,
+            allowed="one medium in a pair",
+            do="take the other one out with data.train[].columns, for example {audio: none}",
+        )
+    kind, value = found[0]
+    if isinstance(value, list) and kind != "video":
+        if len(value) != 1:
+            raise DataError(f"the row has {len(value)} {_CALLED[kind]}s", where=where, allowed="one in a pair")
+        value = value[0]
+    return kind, value
 
 
 def _texts(value: Any, what: str, where: str) -> tuple[str, ...]:

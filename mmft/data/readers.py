@@ -186,10 +186,11 @@ def _folder(path: Path) -> Read:
             do="name one split's folder",
         )
     for name, feature in loaded.features.items():
-        # Encoded bytes instead of decoded pictures: the caps of media.py come before any decoding.
-        if isinstance(feature, datasets.Image):
-            loaded = loaded.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            loaded = loaded.cast_column(name, datasets.List(datasets.Image(decode=False)))
+        # Encoded bytes instead of decoded media: the caps of media.py come before any decoding.
+        for medium in (datasets.Image, datasets.Audio, datasets.Video):
+            if isinstance(feature, medium):
+                loaded = loaded.cast_column(name, medium(decode=False))
+            elif isinstance(getattr(feature, "feature", None), medium):
+                loaded = loaded.cast_column(name, datasets.List(medium(decode=False)))
     for number, row in enumerate(loaded, start=1):
         yield f"{path}:{number}", dict(row)

@@ -8,24 +8,38 @@ from pathlib import Path
 from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
+MediaKind = Literal["image", "audio", "video"]
+CellKind = Literal["text", "numeric", "categorical", "label", "image", "audio", "video"]
 
 
 @dataclass(frozen=True, slots=True)
 class MediaRef:
-    """A picture that has not been opened: a path below `root`, or the encoded bytes themselves."""
+    """A medium that has not been opened: a path below `root`, or the encoded bytes themselves.
 
-    kind: Literal["image"] = "image"
+    A video may also be a folder of pictures (`path`) or a list of them (`frames`).
+    """
+
+    kind: MediaKind = "image"
     path: str | None = None
     root: Path | None = None
     data: bytes | None = None
+    frames: tuple[MediaRef, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
     """One piece of a turn: a text, or the place where the next medium of the sample stands."""
 
-    kind: Literal["text", "image"]
+    kind: Literal["text", "image", "audio", "video"]
     text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One column of a table's row; `value` is None where the row has none."""
+
+    kind: CellKind
+    value: str | float | bool | MediaRef | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +61,8 @@ class Sample:
 
     `answers` are the references an evaluation compares with (ten for VQA rows); empty means the last
     assistant turn is the one reference. A pair has no turns: its texts are the `answers`, texts that are wrong for its
-    picture the `negatives`. `tags` are free labels such as the question type.
+    picture the `negatives`. A table's row has no turns either: `cells` holds every column in the table's order, `media`
+    those of its cells. `tags` are free labels such as the question type.
     """
 
     id: str
@@ -55,6 +70,7 @@ class Sample:
     media: tuple[MediaRef, ...] = ()
     answers: tuple[str, ...] = ()
     negatives: tuple[str, ...] = ()
+    cells: Mapping[str, Cell] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
     where: str = ""

@@ -129,17 +129,18 @@ class DataSource(Section):
     """One data set."""
 
     path: str
-    """A .jsonl/.json/.parquet/.csv file, a local `datasets` folder, or `shipped:emoji-scenes/NAME`."""
+    """A .jsonl/.json/.parquet/.csv file, a caption file, a folder, or `shipped:emoji-scenes/NAME`."""
     name: str | None = None
     """Name in reports; the file's stem if not given."""
-    format: Literal["auto", "messages", "llava", "qa", "pairs"] = "auto"
-    """Layout of the rows; `auto` looks at the first rows and prints what it chose."""
+    format: Literal["auto", "messages", "llava", "qa", "pairs", "table", "folder", "flickr8k", "coco"] = "auto"
+    """Layout of the rows (the first five), or of the files; `auto` looks at them and prints what it chose."""
     media_root: str | None = None
     """Folder that image paths are relative to and may not leave; the data file's folder if not given."""
     num_samples: Positive | None = None
     """Only this many rows, chosen by the seed."""
     columns: dict[str, str] = {}
-    """For `qa` and `pairs` rows: which column is `image`, `question`, `answer`, `caption`, `negatives`, `group`."""
+    """For `qa` and `pairs` rows: which column is `image`, `question`, `answer`, `caption`, `negatives`, `group`. For
+    `table` rows the other way round: what a column is (`photo: image`, `age: numeric`, `y: label`)."""
 
 
 class DataSection(Section):
