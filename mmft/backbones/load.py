@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from mmft.backbones.classes import default_config, model_class, native_types, on_meta, writes_text
+from mmft.backbones.joint import register
 from mmft.backbones.parts import Parts, find_parts
 from mmft.backbones.quantize import (
     check_quantized,
@@ -278,6 +279,7 @@ def _config(model: ModelSection, target: str) -> Any:
     """The config. A folder whose classes live in its own code is refused: that code would have to be run."""
     from transformers import AutoConfig, PreTrainedConfig
 
+    register()
     try:
         raw, _ = PreTrainedConfig.get_config_dict(target, revision=model.revision)
         kind = raw.get("model_type")

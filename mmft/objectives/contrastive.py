@@ -27,7 +27,16 @@ from mmft.data.pairs import EXTRA, LEFT, RIGHT
 from mmft.errors import BackboneError, DataError
 from mmft.objectives.base import Loss, StepContext
 from mmft.objectives.contrastive_cached import cached_step
-from mmft.objectives.contrastive_embed import Terms, clamp_scales, embed, logit_terms, scales, sides, unwrapped
+from mmft.objectives.contrastive_embed import (
+    Terms,
+    clamp_scales,
+    embed,
+    logit_terms,
+    scales,
+    sides,
+    similarity,
+    unwrapped,
+)
 
 __all__ = ["EXTRA", "LEFT", "RIGHT", "ContrastiveObjective", "Kind", "clamp_scales", "contrastive_loss", "embed"]
 Kind = Literal["infonce", "sigmoid"]
@@ -43,8 +52,7 @@ def contrastive_loss(
     Price: the matrix of n * m similarities, once for each direction. Raises DataError when a group of `left` has no
     text or one of `right` no picture.
     """
-    wide = torch.promote_types(left.dtype, torch.float32)
-    similar = left.to(wide) @ right.to(wide).T
+    similar = similarity(left, right)
     positive = (left_groups[:, None] == right_groups[None, :]) & (left_groups != EXTRA)[:, None]
     _check_pairs(positive, left_groups, right_groups)
     count = int((left_groups != EXTRA).sum())
@@ -53,7 +61,7 @@ def contrastive_loss(
         from_left, from_right = _direction(logits, positive), _direction(similar.T * terms.right, positive.T)
         total = (from_left + from_right) * (count / 2)
     else:
-        sign = positive.to(wide) * 2 - 1
+        sign = positive.to(similar.dtype) * 2 - 1
         total = -F.logsigmoid(sign * (logits + terms.bias)).sum()
     best = logits.detach().argmax(dim=1, keepdim=True)
     return Loss(sum=total, count=count, logs={"correct": positive.gather(1, best).sum()})

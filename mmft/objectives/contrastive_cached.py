@@ -27,15 +27,19 @@ from mmft.seeds import fold
 _GROUPS = (LEFT, RIGHT)
 
 
-class Matching(Protocol):
-    """What the two passes ask of an objective: its sides, and the loss of embeddings."""
-
-    left: Side
-    right: Side
+class Matches(Protocol):
+    """The loss of embeddings of a whole step."""
 
     def matched(self, model: nn.Module, left: Tensor, right: Tensor, left_groups: Tensor, right_groups: Tensor) -> Loss:
         """The loss of embeddings of length one with the groups of their rows."""
         ...
+
+
+class Matching(Matches, Protocol):
+    """What the two passes ask of an objective: its sides too."""
+
+    left: Side
+    right: Side
 
 
 def cached_step(objective: Matching, model: nn.Module, micros: Sequence[Batch], step: StepContext) -> dict[str, float]:
@@ -52,9 +56,9 @@ def cached_step(objective: Matching, model: nn.Module, micros: Sequence[Batch], 
             rows = [_embedded(model, batch, both, step=step, number=n) for n, batch in enumerate(micros)]
         local = [[row[side] for row in rows] for side in (0, 1)]
         groups = [torch.cat([batch.inputs[name] for batch in micros]) for name in _GROUPS]
-        loss, cached = _matched(objective, model, local, groups, step=step)
+        loss, cached = gathered_loss(objective, model, local, groups, step=step)
         _second_pass(model, micros, both, cached=cached, step=step)
-        _sum_over_ranks(model, step)
+        sum_over_ranks(model, step)
     first = step.rank == 0
     sums = {"loss": loss.sum, **loss.logs}
     return {name: float(value.detach()) if first else 0.0 for name, value in sums.items()}
@@ -89,8 +93,8 @@ def _one_side(model: nn.Module, inputs: Mapping[str, Tensor], side: Side, *, ste
         return embed(model, inputs, side)
 
 
-def _matched(
-    objective: Matching,
+def gathered_loss(
+    objective: Matches,
     model: nn.Module,
     local: Sequence[Sequence[Tensor]],
     groups: Sequence[Tensor],
@@ -151,7 +155,7 @@ def _gathered(own: Tensor, step: StepContext) -> Tensor:
     return torch.cat(wholes)
 
 
-def _sum_over_ranks(model: nn.Module, step: StepContext) -> None:
+def sum_over_ranks(model: nn.Module, step: StepContext) -> None:
     """Gradients of the trained parameters summed over the ranks: each rank has sent down its own rows' only."""
     if step.world == 1:
         return

@@ -88,15 +88,25 @@ def embed(model: nn.Module, inputs: Mapping[str, Tensor], side: Side) -> Tensor:
     return found / found.norm(p=2, dim=-1, keepdim=True)
 
 
+def similarity(left: Tensor, right: Tensor) -> Tensor:
+    """(n, m) cosines in float32 or wider; of several queries the best one counts (BLIP-2, arXiv 2301.12597, 3.2)."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    found = left.to(wide) @ right.to(wide).T
+    return found.amax(dim=1) if left.dim() == 3 else found
+
+
 def _parameters(name: str, *, kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(getattr(kind, name)).parameters) - {"self", "kwargs"}
 
 
 def scales(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The scale and bias parameters of a dual encoder by their names in it (`logit_scale`, `logit_bias`, ...)."""
+    """The scale and bias parameters of a dual encoder by their names in it (`logit_scale`, `logit_bias`, ...); a model
+    composed around one holds them in its `dual`."""
     base = unwrapped(model)
-    own = dict(base.named_parameters(recurse=False))
-    return {name: own[name] for name in (*_SCALES, "logit_bias") if name in own}
+    inner = getattr(base, "dual", None)
+    own = dict((base if inner is None else inner).named_parameters(recurse=False))
+    ahead = "" if inner is None else "dual."
+    return {ahead + name: own[name] for name in (*_SCALES, "logit_bias") if name in own}
 
 
 def logit_terms(model: nn.Module) -> Terms:
@@ -104,7 +114,7 @@ def logit_terms(model: nn.Module) -> Terms:
 
     ALIGN divides by `temperature`, all others multiply by `exp(logit_scale)`; CLAP has one for each direction.
     """
-    found = scales(model)
+    found = {name.rpartition(".")[2]: value for name, value in scales(model).items()}
     if "temperature" in found:
         left = right = 1.0 / _wide(found["temperature"])
     else:
