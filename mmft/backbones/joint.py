@@ -43,7 +43,7 @@ SCALE = 1 / 0.07
 
 @dataclass
 class JointOutput(ModelOutput):
-    """`logits` (n, T, vocabulary) of the texts given their pictures, `logits_per_image` and `logits_per_text` (n, n) the
+    """`logits` (n, T, vocabulary) of texts given their pictures, `logits_per_image` and `logits_per_text` (n, n) the
     scaled similarities, `itm_logits` (n, 2) whether row i's text belongs to row i's picture."""
 
     loss: Tensor | None = None

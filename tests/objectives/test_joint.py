@@ -244,7 +244,7 @@ def test_several_micro_batches_equal_one_batch(kind):
     wanted = gradients(model)
     model.zero_grad(set_to_none=True)
     sums = objective.backward(model, parts, step(4, 2))
-    assert sums["loss"] == pytest.approx(float(loss.sum), rel=1e-9)
+    assert sums["loss"] == pytest.approx(loss.sum.item(), rel=1e-9)
     assert sums["correct"] == float(loss.logs["correct"])
     for name, value in gradients(model).items():
         torch.testing.assert_close(value, wanted.get(name, torch.zeros_like(value)), rtol=1e-6, atol=1e-9)
@@ -263,7 +263,7 @@ def test_matching_of_a_step_is_the_mean_over_its_pairs():
         for number, (part, count) in enumerate(zip(parts, counts, strict=True))
     ) / sum(counts)
     total.backward()
-    assert sums["loss"] / 6 == pytest.approx(float(total), rel=1e-9)
+    assert sums["loss"] / 6 == pytest.approx(total.item(), rel=1e-9)
     assert 0 <= sums["matched"] / 6 <= 1
     for name, value in gradients(model).items():
         torch.testing.assert_close(found.get(name, torch.zeros_like(value)), value, rtol=1e-6, atol=1e-9)
