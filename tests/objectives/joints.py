@@ -1,4 +1,4 @@
-"""Tiny models that embed, match and write: composed of a dual encoder, BLIP, BLIP-2."""
+"""Tiny models that embed, match and write (composed of a dual encoder, BLIP, BLIP-2), or fill in hidden words."""
 
 from __future__ import annotations
 
@@ -100,4 +100,31 @@ def tiny_blip2() -> Path:
     model = spread(transformers.Blip2ForImageTextRetrieval(config))
     model.save_pretrained(folder)
     transformers.BlipProcessor(pictures(), templated()).save_pretrained(folder)
+    return folder
+
+
+MASKED = {"vilt": "ViltForMaskedLM", "bridgetower": "BridgeTowerForMaskedLM", "flava": "FlavaForPreTraining"}
+
+
+@functools.cache
+def tiny_masked(kind: str) -> Path:
+    """Folder of a tiny model with a masked language modelling head: one of `MASKED`."""
+    folder = workshop() / f"masked-{kind}"
+    changes: dict[str, Any] = {}
+    if kind == "bridgetower":
+        changes = {"hidden_size": 64, "num_hidden_layers": 2, "text_config": {"hidden_size": 64, "pad_token_id": 0}}
+        changes["vision_config"] = {"hidden_size": 64}
+    if kind == "flava":
+        one = {"hidden_size": 64, "num_attention_heads": 4}  # its heads take the towers' widths for one
+        changes = {"init_codebook": False, "hidden_size": 64, "multimodal_config": one, "image_config": one}
+    torch.manual_seed(0)
+    model = spread(getattr(transformers, MASKED[kind])(shrink(kind, **changes)))
+    model.save_pretrained(folder)
+    tokenizer = templated()
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    wraps = {"vilt": transformers.ViltProcessor, "bridgetower": transformers.BridgeTowerProcessor}
+    eyes: Any = pictures()
+    if kind == "vilt":
+        eyes = transformers.ViltImageProcessor(size={"shortest_edge": SIDE}, size_divisor=8)
+    wraps.get(kind, transformers.FlavaProcessor)(eyes, tokenizer).save_pretrained(folder)
     return folder
