@@ -44,12 +44,15 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on from the newest valid checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Delete what the run folder holds first.")] = False,
     quiet: Annotated[bool, typer.Option(help="Print only the result.")] = False,
+    objective: Annotated[
+        str | None, typer.Option(help="FILE.py:NAME of a loss of your own in the place of the recipe's.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train, save, merge, verify, evaluate, report."""
     from mmft.summary import summary_text
 
-    report = mmft.train(recipe, overrides or [], resume=resume, overwrite=overwrite, quiet=quiet)
+    report = mmft.train(recipe, overrides or [], resume=resume, overwrite=overwrite, quiet=quiet, objective=objective)
     if report:  # ranks other than 0 have none
         _show(report, as_json=as_json, text=summary_text(report))
 

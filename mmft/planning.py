@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,15 +14,15 @@ from mmft.adapters.build import build_adapters
 from mmft.backbones.load import Backbone, load_processor, meta_backbone, meta_model
 from mmft.backbones.parts import find_parts
 from mmft.data.formats import load_all, source_name
-from mmft.data.preview import write_preview
-from mmft.data.render import IGNORED, Renderer
+from mmft.data.loader import RowRenderer
 from mmft.data.sample import Sample
-from mmft.engine.memory import estimate_memory
 from mmft.errors import BackboneError
 from mmft.journal import Journal
+from mmft.kinds import kind_of
+from mmft.kinds.base import Kind
 from mmft.recipe.load import load_recipe
-from mmft.recipe.schema import Recipe
-from mmft.stages import fitting, make_renderer, plan_steps
+from mmft.recipe.schema import ModelSection, Recipe
+from mmft.stages import fitting, plan_steps
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROBE_ROWS = 256
@@ -35,25 +36,28 @@ def make_plan(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     """
     begin = time.monotonic()
     loaded = load_recipe(recipe, overrides)
-    backbone, notes = _meta(loaded)
-    samples = load_all(loaded.data.train, loaded.data, seed=loaded.train.seed)
+    kind = kind_of(loaded)
+    with tempfile.TemporaryDirectory() as scratch:  # a kind that composes its base writes it there
+        backbone, notes = _meta(kind.base(loaded, Path(scratch)))
+    samples = kind.samples(loaded, load_all(loaded.data.train, loaded.data, seed=loaded.train.seed))
     evals = {
         source_name(source): len(load_all((source,), loaded.data, seed=loaded.train.seed))
         for source in loaded.data.eval
     }
     lengths = None
     if backbone.processor is not None:
-        renderer = make_renderer(loaded, backbone.processor)
+        renderer = kind.renderer(loaded, backbone.processor)
         if renderer.over_length == "drop":
             every = len(samples)
             samples = fitting(samples, renderer, Journal(None, quiet=True), name="train")
             notes.append(f"{every - len(samples)} of {every} training rows are too long and dropped")
-        lengths = _lengths(renderer, samples)
+        lengths = _lengths(kind, renderer, samples)
     else:
         notes.append("no processor at hand: token lengths are not known, memory is estimated at 512 tokens a row")
     steps, total = plan_steps(loaded, len(samples), 1)
-    weights = _weight_bytes(loaded, backbone)
+    weights = _weight_bytes(loaded, backbone)  # before adapters are put in
     parts, targets, trainable = _trained(loaded, backbone)
+    memory, more = _memory(loaded, backbone, weights=weights, trainable=trainable, lengths=lengths)
     return {
         "name": loaded.name,
         "model": {"name": backbone.name, "model_type": backbone.model.config.model_type, "dtype": loaded.model.dtype},
@@ -62,34 +66,29 @@ def make_plan(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] =
         "data": {"train": len(samples), **evals},
         "tokens": {kind: _percentiles(values) for kind, values in (lengths or {}).items()},
         "steps": {"total": total, "rows_per_step": steps.rows_per_step, "epochs": steps.epoch_at(total)},
-        "memory": _memory(loaded, backbone, weights=weights, trainable=trainable, lengths=lengths),
-        "notes": notes,
+        "memory": memory,
+        "notes": notes + more,
         "seconds": time.monotonic() - begin,
     }
 
 
-def _meta(recipe: Recipe) -> tuple[Backbone, list[str]]:
+def _meta(section: ModelSection) -> tuple[Backbone, list[str]]:
     try:
-        return meta_backbone(recipe.model), []
+        return meta_backbone(section), []
     except BackboneError:
-        kind = recipe.model.model_type
-        if kind is None or Path(recipe.model.name_or_path).exists():
+        kind = section.model_type
+        if kind is None or Path(section.name_or_path).exists():
             raise
-        note = f"{recipe.model.name_or_path} cannot be reached: sizes are the defaults of {kind}, not this checkpoint's"
+        note = f"{section.name_or_path} cannot be reached: sizes are the defaults of {kind}, not this checkpoint's"
         model = meta_model(kind)
         if model is None:
             raise
-        return Backbone(model, None, find_parts(model), None, recipe.model.name_or_path, None, False), [note]
+        return Backbone(model, None, find_parts(model), None, section.name_or_path, None, False), [note]
 
 
-def _lengths(renderer: Renderer, samples: Sequence[Sample]) -> dict[str, list[int]]:
+def _lengths(kind: Kind, renderer: RowRenderer, samples: Sequence[Sample]) -> dict[str, list[int]]:
     every = max(1, len(samples) // PROBE_ROWS)
-    rows = [renderer.render(sample) for sample in samples[::every][:PROBE_ROWS]]
-    return {
-        "all": [len(row.input_ids) for row in rows],
-        "image": [row.media_tokens for row in rows],
-        "supervised": [int((row.labels[1:] != IGNORED).sum()) for row in rows],
-    }
+    return kind.measure(renderer, samples[::every][:PROBE_ROWS])
 
 
 def _percentiles(values: Sequence[int]) -> dict[str, int]:
@@ -126,22 +125,13 @@ def _weight_bytes(recipe: Recipe, backbone: Backbone) -> int:
 
 def _memory(
     recipe: Recipe, backbone: Backbone, *, weights: int, trainable: int, lengths: dict[str, list[int]] | None
-) -> dict[str, int]:
-    text = backbone.model.config.get_text_config()
-    micro = recipe.train.per_device_train_batch_size
-    estimate = estimate_memory(
-        weight_bytes=weights,
-        trainable_parameters=trainable,
-        tokens=micro * (max(lengths["all"]) if lengths else 512),
-        supervised=micro * (max(lengths["supervised"]) if lengths else 64),
-        hidden=text.hidden_size,
-        intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
-        layers=text.num_hidden_layers,
-        vocabulary=text.vocab_size,
-        checkpointing=recipe.train.gradient_checkpointing,
-    )
-    owners = ("weights", "trainable", "optimizer", "activations", "logits", "total")
-    return {owner: int(getattr(estimate, owner)) for owner in owners}
+) -> tuple[dict[str, int], list[str]]:
+    """Bytes by owner, and a note where the kind of run cannot tell its activations."""
+    held = {"weights": weights, "trainable": trainable * 8, "optimizer": trainable * 8}
+    step = kind_of(recipe).memory(recipe, backbone, trainable=trainable, lengths=lengths)
+    notes = [] if step else ["activations are not estimated for this kind of run"]
+    found = held | (step or {"activations": 0, "logits": 0})
+    return found | {"total": sum(found.values())}, notes
 
 
 def write_recipe_preview(
@@ -153,8 +143,8 @@ def write_recipe_preview(
 ) -> Path:
     """A page with the first `rows` rows of the training data as the model gets them; returns its path."""
     loaded = load_recipe(recipe, overrides)
-    processor = load_processor(loaded.model)
-    samples = load_all(loaded.data.train, loaded.data, seed=loaded.train.seed)
+    kind, processor = kind_of(loaded), load_processor(loaded.model)
+    samples = kind.samples(loaded, load_all(loaded.data.train, loaded.data, seed=loaded.train.seed))
     path = Path(out) if out is not None else Path(f"{loaded.name}-preview.html")
-    write_preview(samples, make_renderer(loaded, processor), processor, path, rows=rows)
+    kind.preview(loaded, processor, samples, path, rows=rows)
     return path

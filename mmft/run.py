@@ -8,8 +8,9 @@ from typing import Any
 
 from mmft.adapters.build import build_adapters
 from mmft.backbones.load import load_backbone
+from mmft.kinds import kind_of
+from mmft.kinds.custom import ObjectiveFactory, find_factory
 from mmft.outcome import evaluate_stage, export_stage, keep_trained, report_stage, restore_trained
-from mmft.pairing import free_scales
 from mmft.recipe.load import load_recipe
 from mmft.runfolder import find_run, open_run, read_json
 from mmft.stages import calibration, load_datasets, make_accelerator, train_stage
@@ -22,12 +23,15 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
+    objective: str | ObjectiveFactory | None = None,
 ) -> dict[str, Any]:
     """Run a recipe to its end; returns the report (an empty dict on ranks other than 0).
 
+    `objective` (`FILE.py:NAME`, or a class or function of (model, recipe)) takes the place of the recipe's own.
     Raises MmftError of the kind that stopped it, and Interrupted (SystemExit) after a signal's checkpoint.
     """
     loaded = load_recipe(recipe, overrides)
+    factory = find_factory(objective) if objective is not None else None
     accelerator = make_accelerator(loaded.train)
     rank = accelerator.process_index
     with open_run(loaded, resume=resume, overwrite=overwrite, rank=rank, quiet=quiet) as run:
@@ -35,13 +39,14 @@ def train(
         if resume and (done := read_json(run.report)).get("complete"):
             run.journal.say(f"{run.path} is complete; nothing was left to do")
             return done
-        backbone = load_backbone(loaded.model, loaded.quantization, device=accelerator.device)
+        kind = kind_of(loaded)
+        backbone = load_backbone(kind.base(loaded, run.path), loaded.quantization, device=accelerator.device)
         datasets = load_datasets(loaded, backbone.processor, run.journal)
         seen = calibration(loaded, backbone, datasets)
         adapted = build_adapters(backbone, loaded.adapter, seed=loaded.train.seed, calibration=seen)
-        adapted = free_scales(adapted, loaded)
+        adapted = kind.adapt(adapted, loaded)
         run.journal.table("trained", ["part", "what", "mode", "modules", "parameters"], adapted.table())
-        train_stage(run, adapted, datasets, accelerator, resume=resume)
+        train_stage(run, adapted, datasets, accelerator, resume=resume, factory=factory)
         report: dict[str, Any] = {}
         if accelerator.is_main_process:
             keep_trained(run, adapted)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ from mmft.backbones.fingerprint import fingerprint
 from mmft.backbones.load import Backbone
 from mmft.data.audit import audit
 from mmft.data.audit import fingerprint as fingerprint_samples
-from mmft.data.collate import collate
 from mmft.data.formats import Loaded, load_many, source_name
-from mmft.data.order import StepPlan, epoch_order
-from mmft.data.pairs import PairRenderer, merge_pairs
+from mmft.data.loader import RowRenderer
+from mmft.data.order import StepPlan
 from mmft.data.render import Renderer
 from mmft.data.sample import Sample
 from mmft.engine.callbacks import Callback, MetricsWriter, Progress
@@ -34,32 +32,16 @@ from mmft.engine.state import TrainState
 from mmft.errors import DataError, Problem, RecipeError, choices
 from mmft.files import sha256_bytes, to_json, write_json
 from mmft.journal import Journal
-from mmft.objectives.build import build_objective
-from mmft.pairing import check_dialects, is_paired, make_pair_renderer
+from mmft.kinds import kind_of
+from mmft.kinds.base import Datasets, check_formats
+from mmft.kinds.custom import ObjectiveFactory, make_custom, source_digest
+from mmft.objectives.base import Objective
 from mmft.recipe.load import recipe_digest
 from mmft.recipe.schema import Recipe, TrainSection
 from mmft.runfolder import RunFolder, read_json, versions
 
 COLLECTIVE_TIMEOUT = timedelta(hours=6)  # ranks wait in a barrier while rank 0 evaluates
-CALIBRATION_BATCHES = 16
 SAMPLED_ROWS = 32  # rows that are rendered before training, to look at where their answers end
-
-
-@dataclass(frozen=True)
-class Datasets:
-    """Training rows and, by name, the evaluation sets; the renderer that both go through."""
-
-    train: list[Sample]
-    evals: dict[str, list[Sample]]
-    renderer: Renderer | PairRenderer
-    fingerprint: str
-
-    @property
-    def chat(self) -> Renderer:
-        """The renderer of conversations. Raises RecipeError for a run on pairs."""
-        if isinstance(self.renderer, PairRenderer):
-            raise _only_sft()
-        return self.renderer
 
 
 def make_accelerator(section: TrainSection) -> Accelerator:
@@ -88,36 +70,13 @@ def make_accelerator(section: TrainSection) -> Accelerator:
     )
 
 
-def make_renderer(recipe: Recipe, processor: Any) -> Renderer:
-    """The renderer of conversations a recipe asks for. Raises RecipeError for a run on pairs."""
-    if is_paired(recipe):
-        raise _only_sft()
-    data = recipe.data
-    return Renderer(
-        processor,
-        max_length=data.max_length,
-        over_length=data.over_length,
-        supervise=data.supervise,
-        max_image_pixels=data.max_image_pixels,
-    )
-
-
-def _only_sft() -> RecipeError:
-    return RecipeError(
-        "this looks at conversations, and the recipe learns from pairs",
-        where="objective.name: contrastive",
-        allowed="objective.name: sft",
-        do="run mmft train, which reads and checks the pairs",
-    )
-
-
 def load_datasets(recipe: Recipe, processor: Any, journal: Journal) -> Datasets:
     """Read and check all rows; what is left out is counted and named in the journal.
 
     Raises DataError with the first causes by file:line, or when every row of a set is too long.
     """
     data, seed = recipe.data, recipe.train.seed
-    renderer = make_pair_renderer(recipe, processor) if is_paired(recipe) else make_renderer(recipe, processor)
+    renderer = kind_of(recipe).renderer(recipe, processor)
     loaded = load_many(data.train, data, seed)
     train = fitting(_rows(recipe, loaded), renderer, journal, name="train")
     evals: dict[str, list[Sample]] = {}
@@ -133,12 +92,12 @@ def load_datasets(recipe: Recipe, processor: Any, journal: Journal) -> Datasets:
 
 
 def _rows(recipe: Recipe, loaded: list[Loaded]) -> list[Sample]:
-    check_dialects(recipe, loaded)
-    samples = [sample for one in loaded for sample in one.samples]
-    return merge_pairs(samples) if is_paired(recipe) else samples
+    kind = kind_of(recipe)
+    check_formats(kind, recipe, loaded)
+    return kind.samples(recipe, [sample for one in loaded for sample in one.samples])
 
 
-def fitting(samples: list[Sample], renderer: Renderer | PairRenderer, journal: Journal, *, name: str) -> list[Sample]:
+def fitting(samples: list[Sample], renderer: RowRenderer, journal: Journal, *, name: str) -> list[Sample]:
     """The rows that are trained on or answered: all of them, or with `over_length: drop` those short enough.
 
     Every length is taken before training (no picture is decoded for it), so that a long row is not met hours later.
@@ -168,7 +127,7 @@ def fitting(samples: list[Sample], renderer: Renderer | PairRenderer, journal: J
     return kept
 
 
-def _refuse_long(samples: list[Sample], long: dict[int, int], renderer: Renderer | PairRenderer, *, name: str) -> None:
+def _refuse_long(samples: list[Sample], long: dict[int, int], renderer: RowRenderer, *, name: str) -> None:
     if not long:
         return
     worst = sorted(long, key=lambda index: -long[index])[:5]
@@ -205,20 +164,10 @@ def _warn_unstopped(samples: list[Sample], renderer: Renderer, journal: Journal)
 
 
 def calibration(recipe: Recipe, backbone: Backbone, datasets: Datasets) -> list[dict[str, torch.Tensor]] | None:
-    """Training batches in the order of the seed, on the model's device: what a data-driven start (EVA) looks at."""
+    """What a data-driven start (EVA) looks at; None for other starts."""
     if recipe.adapter.init_lora_weights != "eva":
         return None
-    rows, device, dtype = len(datasets.train), next(backbone.model.parameters()).device, backbone.model.dtype
-    size = min(recipe.train.per_device_train_batch_size, rows)
-    order = epoch_order(rows, seed=recipe.train.seed, epoch=0)[: size * CALIBRATION_BATCHES]
-    found = []
-    for start in range(0, len(order) - size + 1, size):
-        rendered = [datasets.chat.render(datasets.train[row]) for row in order[start : start + size]]
-        inputs = collate(rendered, pad_token_id=backbone.pad_token_id).inputs
-        found.append(
-            {key: (value.to(dtype) if value.is_floating_point() else value).to(device) for key, value in inputs.items()}
-        )
-    return found
+    return kind_of(recipe).calibration(recipe, backbone, datasets)
 
 
 def plan_steps(recipe: Recipe, rows: int, world: int) -> tuple[StepPlan, int]:
@@ -261,9 +210,13 @@ def train_stage(
     accelerator: Accelerator,
     *,
     resume: bool,
+    factory: ObjectiveFactory | None = None,
     extra: Sequence[Callback] = (),
 ) -> TrainState:
-    """Train and write `training.json`. Raises Interrupted (SystemExit 128 + n) after a signal's checkpoint."""
+    """Train and write `training.json`; `factory` makes an objective that takes the place of the recipe's.
+
+    Raises Interrupted (SystemExit 128 + n) after a signal's checkpoint.
+    """
     recipe = run.recipe
     plan, total = plan_steps(recipe, len(datasets.train), accelerator.num_processes)
     if recipe.train.report_to:
@@ -271,7 +224,7 @@ def train_stage(
     writer = MetricsWriter(run.journal, accelerator, every=recipe.train.logging_steps)
     job = TrainJob(
         adapted=adapted,
-        objective=build_objective(recipe.objective, adapted.model),
+        objective=_objective(recipe, adapted, datasets, factory),
         samples=datasets.train,
         eval_samples=next(iter(datasets.evals.values()), []),
         renderer=datasets.renderer,
@@ -280,7 +233,8 @@ def train_stage(
         eval_batch_size=recipe.evaluate.per_device_eval_batch_size,
         section=recipe.train,
         folder=run.path,
-        identity=identity(recipe, adapted.backbone, datasets, plan),
+        identity=identity(recipe, adapted.backbone, datasets, plan)
+        | ({"objective": source_digest(factory)} if factory else {}),
     )
     engine = Engine(
         job, accelerator=accelerator, journal=run.journal, callbacks=[Progress(run.journal), writer, *extra]
@@ -295,6 +249,12 @@ def train_stage(
         run.journal.warn(text)
         raise Interrupted(number, text)
     return state
+
+
+def _objective(recipe: Recipe, adapted: Adapted, datasets: Datasets, factory: ObjectiveFactory | None) -> Objective:
+    if factory is not None:
+        return make_custom(factory, adapted.model, recipe)
+    return kind_of(recipe).objective(recipe, adapted, datasets)
 
 
 def _write_facts(

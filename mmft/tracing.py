@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,22 @@ import torch
 from mmft.adapters.build import Adapted, build_adapters, set_modes
 from mmft.adapters.store import save_adapter
 from mmft.backbones.load import load_backbone
-from mmft.data.audit import audit
-from mmft.data.collate import collate
+from mmft.data.audit import fingerprint
+from mmft.data.collate import Batch, collate
 from mmft.data.formats import load_all
+from mmft.data.loader import assemble
 from mmft.data.media import open_image
 from mmft.data.order import StepPlan
-from mmft.data.render import IGNORED
-from mmft.data.sample import Sample
+from mmft.data.render import IGNORED, Renderer
 from mmft.engine.loop import Engine
 from mmft.errors import RecipeError
 from mmft.export.merge import merge_adapter
-from mmft.objectives.build import build_objective
+from mmft.kinds import kind_of
+from mmft.kinds.base import Datasets
+from mmft.objectives.base import Objective
 from mmft.recipe.load import load_recipe
 from mmft.recipe.schema import Recipe
-from mmft.stages import make_renderer, plan_steps
+from mmft.stages import plan_steps
 
 Station = dict[str, Any]
 
@@ -38,7 +41,8 @@ def trace_row(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     is no such row.
     """
     loaded = load_recipe(recipe, overrides)
-    samples = load_all(loaded.data.train, loaded.data, seed=loaded.train.seed)
+    kind = kind_of(loaded)
+    samples = kind.samples(loaded, load_all(loaded.data.train, loaded.data, seed=loaded.train.seed))
     if not 0 <= row < len(samples):
         raise RecipeError(
             f"row {row} does not exist",
@@ -46,53 +50,58 @@ def trace_row(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] =
             allowed=f"0 to {len(samples) - 1}",
             do="choose a row of the training data",
         )
-    backbone = load_backbone(loaded.model, loaded.quantization)
-    adapted = build_adapters(backbone, loaded.adapter, seed=loaded.train.seed)
+    with tempfile.TemporaryDirectory() as scratch:  # a kind that composes its base writes it there
+        backbone = load_backbone(kind.base(loaded, Path(scratch)), loaded.quantization)
+    adapted = kind.adapt(build_adapters(backbone, loaded.adapter, seed=loaded.train.seed), loaded)
+    datasets = Datasets(samples, {}, kind.renderer(loaded, backbone.processor), fingerprint="")
+    # A loss that compares rows needs more than one.
+    rows = [samples[(row + more) % len(samples)] for more in range(kind.least_rows)]
+    batch = assemble(datasets.renderer, [(one, 0) for one in rows], pad_token_id=backbone.pad_token_id)
     return [
-        *_data_stations(loaded, adapted, samples, row=row),
-        *_model_stations(loaded, adapted, samples[row]),
+        *_data_stations(loaded, datasets, batch, row=row),
+        *_model_stations(loaded, adapted, kind.objective(loaded, adapted, datasets), batch),
     ]
 
 
-def _data_stations(recipe: Recipe, adapted: Adapted, samples: Sequence[Sample], *, row: int) -> list[Station]:
+def _data_stations(recipe: Recipe, datasets: Datasets, batch: Batch, *, row: int) -> list[Station]:
+    samples, renderer = datasets.train, datasets.renderer
     sample = samples[row]
-    renderer = make_renderer(recipe, adapted.backbone.processor)
     plan, total = plan_steps(recipe, len(samples), 1)
     step = next((s for s in range(total) if any(seen == row for seen, _ in plan.step_rows(s))), None)
-    checked = audit([sample], renderer)
-    rendered = renderer.render(sample)
-    batch = collate([rendered], pad_token_id=adapted.backbone.pad_token_id)
     turns = f"{len(sample.turns)} turns, {len(sample.media)} media"
-    pictures = [open_image(ref, max_pixels=recipe.data.max_image_pixels) for ref in sample.media]
-    supervised = int((rendered.labels != IGNORED).sum())
+    pictures = [open_image(ref, max_pixels=recipe.data.max_image_pixels) for ref in sample.media if ref.kind == "image"]
+    rendered: list[Station] = []
+    if isinstance(renderer, Renderer):
+        row_alone = renderer.render(sample)
+        supervised = int((row_alone.labels != IGNORED).sum())
+        rendered = [
+            _station(
+                "5 render",
+                renderer.render,
+                what=f"Rendered, {row_alone.media_tokens} image tokens, {supervised} supervised",
+                shape=str(tuple(row_alone.input_ids.shape)),
+                value=torch.stack([row_alone.input_ids, row_alone.labels]),
+            )
+        ]
+    mark = fingerprint([sample])
+    gather = collate if isinstance(renderer, Renderer) else renderer.assemble
     return [
-        _station("1 formats", load_all, what=f"Sample {sample.id} ({sample.where})", shape=turns, value=sample.turns),
-        _station("2 audit", audit, what="Audit", shape=f"{checked.rows} row", value=checked.fingerprint),
+        _station("1 formats", load_all, what=f"Sample {sample.id} ({sample.where})", shape=turns, value=sample),
+        _station("2 audit", fingerprint, what="fingerprint", shape="1 row", value=mark),
         _station("3 order", StepPlan.micro_batches, what=f"seen in step {step}", shape=f"of {total} steps", value=step),
         *(
             _station("4 media", open_image, what=f"{image.mode} image", shape=str(image.size), value=image.tobytes())
             for image in pictures
         ),
-        _station(
-            "5 render",
-            renderer.render,
-            what=f"Rendered, {rendered.media_tokens} image tokens, {supervised} supervised",
-            shape=str(tuple(rendered.input_ids.shape)),
-            value=torch.stack([rendered.input_ids, rendered.labels]),
-        ),
+        *rendered,
         *(
-            _station(
-                "6 collate", collate, what=f"Batch.{key} {value.dtype}", shape=str(tuple(value.shape)), value=value
-            )
+            _station("6 collate", gather, what=f"Batch.{key} {value.dtype}", shape=str(tuple(value.shape)), value=value)
             for key, value in batch.inputs.items()
         ),
     ]
 
 
-def _model_stations(recipe: Recipe, adapted: Adapted, sample: Sample) -> list[Station]:
-    objective = build_objective(recipe.objective, adapted.model)
-    renderer = make_renderer(recipe, adapted.backbone.processor)
-    batch = collate([renderer.render(sample)], pad_token_id=adapted.backbone.pad_token_id)
+def _model_stations(recipe: Recipe, adapted: Adapted, objective: Objective, batch: Batch) -> list[Station]:
     set_modes(adapted)
     torch.manual_seed(recipe.train.seed)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.train.bf16):
@@ -109,7 +118,7 @@ def _model_stations(recipe: Recipe, adapted: Adapted, sample: Sample) -> list[St
     count = sum(param.numel() for param in adapted.trainable().values())
     mean = float(loss.sum.detach()) / max(loss.count, 1)
     return [
-        _station("7 objective", objective.loss, what=f"Loss {mean:.4f}", shape=f"{loss.count} tokens", value=loss.sum),
+        _station("7 objective", objective.loss, what=f"Loss {mean:.4f}", shape=f"count {loss.count}", value=loss.sum),
         _station(
             "8 loop", Engine.fit, what=f"gradient norms: {shown}", shape=f"{frozen} frozen with gradient", value=norms
         ),

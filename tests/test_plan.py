@@ -9,8 +9,8 @@ import pytest
 import mmft
 from mmft.backbones.load import load_processor
 from mmft.data.formats import load_all
+from mmft.kinds.chat import make_renderer
 from mmft.recipe.load import load_recipe
-from mmft.stages import make_renderer
 from tests.runs import REPOSITORY, cli, finished
 
 HUB = ("smolvlm_vqa_qlora", "qwen2_5_vl_lora", "llava_captioning_lora", "mllama_cross_attention_lora")

@@ -14,13 +14,13 @@ import mmft
 from mmft.backbones.load import load_processor
 from mmft.data.formats import load_all
 from mmft.errors import RecipeError
+from mmft.kinds.chat import make_renderer
 from mmft.recipe.load import load_recipe
-from mmft.stages import make_renderer
 from tests.runs import REPOSITORY, finished, workshop, write_recipe
 
 FUNCTIONS = {
     "1 formats": "load_all",
-    "2 audit": "audit",
+    "2 audit": "fingerprint",
     "3 order": "micro_batches",
     "4 media": "open_image",
     "5 render": "render",

@@ -5,14 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mmft.data.collate import Batch, Side, collate
 from mmft.data.order import MicroBatch, StepPlan
-from mmft.data.pairs import PairRenderer
-from mmft.data.render import Renderer
+from mmft.data.render import OverLength, Renderer
 from mmft.data.sample import Sample
 from mmft.errors import DataError, MmftError
 
@@ -20,11 +20,29 @@ PREFETCH = 2
 HANG_SECONDS = 600.0
 
 
+class Assembler(Protocol):
+    """A renderer that puts whole batches together itself; it is copied to loader workers."""
+
+    max_length: int
+    over_length: OverLength
+
+    def length(self, sample: Sample) -> int:
+        """Tokens of a row, without opening its media."""
+        ...
+
+    def assemble(self, rows: Sequence[tuple[Sample, int]]) -> Batch:
+        """The batch of (sample, epoch) rows, the same for the same rows. Raises DataError naming a bad row."""
+        ...
+
+
+RowRenderer = Renderer | Assembler
+
+
 def assemble(
-    renderer: Renderer | PairRenderer, rows: Sequence[tuple[Sample, int]], *, pad_token_id: int, side: Side = "right"
+    renderer: RowRenderer, rows: Sequence[tuple[Sample, int]], *, pad_token_id: int, side: Side = "right"
 ) -> Batch:
-    """One batch of (sample, epoch) rows: rendered and padded, or for pairs as their renderer puts them together."""
-    if isinstance(renderer, PairRenderer):
+    """One batch of (sample, epoch) rows: rendered and padded, or as their renderer puts them together."""
+    if not isinstance(renderer, Renderer):
         return renderer.assemble(rows)
     return collate([renderer.render(sample) for sample, _ in rows], pad_token_id=pad_token_id, side=side)
 
@@ -36,7 +54,7 @@ class _MicroBatches(Dataset):
     def __init__(
         self,
         samples: Sequence[Sample],
-        renderer: Renderer | PairRenderer,
+        renderer: RowRenderer,
         work: Sequence[MicroBatch],
         pad_token_id: int,
         side: Side,
@@ -78,7 +96,7 @@ def _one_thread(_: int) -> None:
 
 def batches(
     samples: Sequence[Sample],
-    renderer: Renderer | PairRenderer,
+    renderer: RowRenderer,
     plan: StepPlan,
     *,
     start_step: int,

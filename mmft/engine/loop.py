@@ -21,10 +21,8 @@ from torch import nn
 
 from mmft.adapters.build import Adapted, set_modes
 from mmft.data.collate import Batch
-from mmft.data.loader import assemble, batches
+from mmft.data.loader import RowRenderer, assemble, batches
 from mmft.data.order import StepPlan
-from mmft.data.pairs import PairRenderer
-from mmft.data.render import Renderer
 from mmft.data.sample import Sample
 from mmft.engine.callbacks import Callback
 from mmft.engine.checkpoint import checkpoint_folder, load_checkpoint, newest_valid, save_checkpoint
@@ -47,7 +45,7 @@ class TrainJob:
     objective: Objective
     samples: Sequence[Sample]
     eval_samples: Sequence[Sample]
-    renderer: Renderer | PairRenderer
+    renderer: RowRenderer
     plan: StepPlan
     total_steps: int
     eval_batch_size: int
@@ -81,10 +79,6 @@ class Engine:
         # Only the distributed wrapper is accelerate's: precision and clipping are the recipe's and stated here.
         wrapped = self._world > 1 and not isinstance(job.objective, StepObjective)
         self.model: nn.Module = accelerator.prepare_model(job.adapted.model) if wrapped else job.adapted.model
-
-    @property
-    def _accuracy(self) -> str:
-        return "batch_accuracy" if isinstance(self.job.objective, StepObjective) else "token_accuracy"
 
     @property
     def _world(self) -> int:
@@ -172,7 +166,10 @@ class Engine:
         norm = torch.nn.utils.clip_grad_norm_(self.params.values(), section.max_grad_norm or float("inf"))
         rows = sum(len(batch.ids) for batch in micros)
         tokens = sum(batch.tokens for batch in micros)
-        loss_sum, correct, rows_all, tokens_all = self._reduce([sums["loss"], sums.get("correct", 0.0), rows, tokens])
+        logged = sorted({name for pair in job.objective.metrics.values() for name in pair} - {"count"})
+        given = [sums["loss"], rows, tokens, *(sums.get(name, 0.0) for name in logged)]
+        loss_sum, rows_all, tokens_all, *found = self._reduce(given)
+        logs = {**dict(zip(logged, found, strict=True)), "count": count}
         ids = [name for batch in micros for name in batch.ids]
         loss = loss_sum / max(count, 1)
         check_finite(step=state.step + 1, loss=loss, norm=float(norm), ids=ids, folder=str(job.folder))
@@ -186,7 +183,7 @@ class Engine:
         state.tokens_consumed += int(tokens_all)
         metrics = {
             "loss": loss,
-            self._accuracy: correct / max(count, 1),
+            **{name: logs[part] / (logs[over] or 1.0) for name, (part, over) in job.objective.metrics.items()},
             "learning_rate": section.learning_rate * scale,
             "grad_norm": float(norm),
             "samples_per_second": rows_all / max(time.monotonic() - begin, 1e-9),

@@ -30,6 +30,12 @@ class Objective(Protocol):
 
     name: str
 
+    @property
+    def metrics(self) -> Mapping[str, tuple[str, str]]:
+        """What is shown of a step beside the loss: name -> (sum, over), two names of `Loss.logs`, or "count" for the
+        step's count. Sums are added over micro-batches and ranks, then divided once. A plain attribute will do."""
+        ...
+
     def count(self, batch: Batch) -> int:
         """The count `loss` will return for this batch, without a forward (the step's divisor is needed first)."""
         ...

@@ -1,4 +1,4 @@
-"""Recipe section → objective."""
+"""The objective of conversations, bound to its model."""
 
 from __future__ import annotations
 
@@ -7,30 +7,29 @@ from typing import Any
 from torch import nn
 
 from mmft.errors import BackboneError
-from mmft.objectives.base import Objective
-from mmft.objectives.contrastive import ContrastiveObjective
 from mmft.objectives.sft import SftObjective
 from mmft.recipe.schema import ObjectiveSection
 
 
-def build_objective(section: ObjectiveSection, model: nn.Module) -> Objective:
-    """The objective named in the recipe, bound to the model: `sft` to its vocabulary head.
+def build_sft(section: ObjectiveSection, model: nn.Module) -> SftObjective:
+    """`sft` bound to the model's vocabulary head. Raises BackboneError when the model has no output embeddings."""
+    head = output_head(model, where=f"objective.name: {section.name}")
+    return SftObjective(head=head, label_smoothing=section.label_smoothing_factor, ahead=_virtual_tokens(model))
 
-    Raises BackboneError when the model has no output embeddings, or for `contrastive` is no dual encoder.
-    """
-    if section.name == "contrastive":
-        return ContrastiveObjective(model, kind=section.loss)
+
+def output_head(model: nn.Module, *, where: str) -> nn.Module:
+    """The output embeddings, also below a PeftModel. Raises BackboneError when there are none."""
     unwrap: Any = getattr(model, "get_base_model", None)  # a PeftModel hides the accessor
     base: Any = model if unwrap is None else unwrap()
     head = base.get_output_embeddings()
     if head is None:
         raise BackboneError(
             f"{type(base).__name__} has no output embeddings",
-            where="objective.name: sft",
+            where=where,
             allowed="a generative model (AutoModelForImageTextToText)",
             do="choose another model",
         )
-    return SftObjective(head=head, label_smoothing=section.label_smoothing_factor, ahead=_virtual_tokens(model))
+    return head
 
 
 def _virtual_tokens(model: Any) -> int:

@@ -99,6 +99,7 @@ class ContrastiveObjective:
     """
 
     name = "contrastive"
+    metrics = {"batch_accuracy": ("correct", "count")}
 
     def __init__(self, model: nn.Module, *, kind: Kind = "infonce") -> None:
         self.left, self.right = sides(model)

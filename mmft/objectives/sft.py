@@ -54,6 +54,7 @@ class SftObjective:
     tokens that an adapter puts before the text."""
 
     name = "sft"
+    metrics = {"token_accuracy": ("correct", "count")}
 
     def __init__(self, *, head: nn.Module, label_smoothing: float = 0.0, ahead: int = 0) -> None:
         self.head = head

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mmft.recipe.objective import ObjectiveSection, readers
 from mmft.recipe.rules import Rule
 from mmft.recipe.schema import Recipe, Section
 
@@ -20,22 +21,19 @@ def _told(section: Section, name: str) -> bool:
     return bool(getattr(section, name) != type(section).model_fields[name].default)
 
 
-def _unread(name: str, *, by: str) -> Rule:
-    other = "contrastive" if by == "sft" else "sft"
+def _unread(name: str) -> Rule:
+    by = readers(name)
     return Rule(
         f"objective.{name}",
         (f"objective.{name}", "objective.name"),
-        lambda r: r.objective.name == by and _told(r.objective, name),
-        f"objective.{name}: {by} does not read it",
-        f"take it out, or set objective.name: {other}",
+        lambda r: r.objective.name not in by and _told(r.objective, name),
+        f"objective.{name}: {{objective.name}} does not read it",
+        f"take it out, or set objective.name: {' or '.join(by)}",
     )
 
 
 OBJECTIVE_RULES: tuple[Rule, ...] = (
-    _unread("label_smoothing_factor", by="contrastive"),
-    _unread("loss", by="sft"),
-    _unread("captions_per_image", by="sft"),
-    _unread("train_logit_scale", by="sft"),
+    *(_unread(name) for name in ObjectiveSection.model_fields if name != "name"),
     Rule(
         "objective.name",
         ("objective.name", "train.per_device_train_batch_size", "train.effective_batch_size"),

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-PartName = Literal["vision", "audio", "projector", "cross_attention", "language", "head"]
-DType = Literal["float32", "bfloat16", "float16"]
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Rate = Annotated[float, Field(gt=0.0)]
+from mmft.recipe.objective import ObjectiveSection
+from mmft.recipe.section import Count, DType, PartName, Positive, Rate, Section, Share
 
-
-class Section(BaseModel):
-    """What all sections have in common."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+__all__ = [
+    "AdapterSection",
+    "DataSection",
+    "DataSource",
+    "EvaluateSection",
+    "ExportSection",
+    "ModelSection",
+    "ObjectiveSection",
+    "PartAdapter",
+    "PartName",
+    "QuantizationSection",
+    "Recipe",
+    "Section",
+    "TrainSection",
+]
 
 
 class ModelSection(Section):
@@ -162,21 +168,6 @@ class DataSection(Section):
     """A picture whose header says more than this is refused before it is decoded."""
     max_bad_fraction: Share = 0.0
     """Share of bad rows that are left out (counted and listed) before the run is refused."""
-
-
-class ObjectiveSection(Section):
-    """What is minimised."""
-
-    name: Literal["sft", "contrastive"] = "sft"
-    """`sft`: cross-entropy of the answers' tokens; `contrastive`: pictures and texts of a dual encoder."""
-    label_smoothing_factor: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of the target spread evenly over the vocabulary (`sft`)."""
-    loss: Literal["infonce", "sigmoid"] = "infonce"
-    """CLIP's loss, or SigLIP's (`contrastive`)."""
-    captions_per_image: Count = 0
-    """Texts of a picture in a step, drawn by the seed (`contrastive`); 0: all of them."""
-    train_logit_scale: bool = True
-    """Train the scale and bias of the similarities too (`contrastive`)."""
 
 
 class TrainSection(Section):

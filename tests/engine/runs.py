@@ -15,7 +15,7 @@ from mmft.data.render import Renderer
 from mmft.engine.loop import Engine, TrainJob
 from mmft.engine.state import TrainState
 from mmft.journal import Journal
-from mmft.objectives.build import build_objective
+from mmft.objectives.build import build_sft
 from mmft.recipe.schema import (
     AdapterSection,
     DataSection,
@@ -102,7 +102,7 @@ def make_engine(
     journal = Journal(None, quiet=True)
     job = TrainJob(
         adapted=adapted,
-        objective=build_objective(ObjectiveSection(), adapted.model),
+        objective=build_sft(ObjectiveSection(), adapted.model),
         samples=samples,
         eval_samples=samples[:eval_rows],
         renderer=Renderer(backbone.processor, max_length=512),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from mmft.data.collate import Batch
 from mmft.errors import BackboneError
-from mmft.objectives.build import build_objective
+from mmft.objectives.build import build_sft
 from mmft.objectives.sft import SftObjective
 from mmft.recipe.schema import ObjectiveSection
 from tests.tiny import tiny_inputs, tiny_vlm
@@ -103,5 +103,5 @@ def test_correct_counts_greedy_hits() -> None:
     logits = model(**batch.inputs, use_cache=False).logits[:, :-1]
     wanted = batch.labels[:, 1:]
     expected = int(((logits.argmax(-1) == wanted) & (wanted != -100)).sum())
-    objective = build_objective(ObjectiveSection(), model)
+    objective = build_sft(ObjectiveSection(), model)
     assert int(objective.loss(model, batch).logs["correct"]) == expected

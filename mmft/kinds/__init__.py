@@ -1,0 +1,15 @@
+"""Kinds of runs: all that a run does differently for its objective, one file for each kind."""
+
+from __future__ import annotations
+
+from mmft.kinds.base import Kind
+from mmft.kinds.chat import Chat
+from mmft.kinds.pairs import Pairs
+from mmft.recipe.schema import Recipe
+
+KINDS: tuple[Kind, ...] = (Chat(), Pairs())
+
+
+def kind_of(recipe: Recipe) -> Kind:
+    """The kind of run that serves `objective.name`."""
+    return next(kind for kind in KINDS if recipe.objective.name in kind.objectives)

@@ -1,0 +1,164 @@
+"""Runs of conversations: answers are trained, generated and scored as texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmft.adapters.build import Adapted
+from mmft.backbones.load import Backbone
+from mmft.data.collate import collate
+from mmft.data.loader import RowRenderer
+from mmft.data.order import epoch_order
+from mmft.data.preview import write_preview
+from mmft.data.render import IGNORED, Renderer
+from mmft.data.sample import Sample
+from mmft.engine.memory import estimate_memory
+from mmft.evaluation.answers import PredictionStore
+from mmft.evaluation.generate import generate_answers
+from mmft.evaluation.scores import score_records
+from mmft.kinds.base import Datasets, Kind, models
+from mmft.objectives.base import Objective
+from mmft.objectives.build import build_sft
+from mmft.recipe.schema import Recipe
+from mmft.runfolder import RunFolder
+
+CALIBRATION_BATCHES = 16
+
+
+def make_renderer(recipe: Recipe, processor: Any) -> Renderer:
+    """The renderer of conversations a recipe asks for. Raises DataError for a processor without a chat template."""
+    data = recipe.data
+    return Renderer(
+        processor,
+        max_length=data.max_length,
+        over_length=data.over_length,
+        supervise=data.supervise,
+        max_image_pixels=data.max_image_pixels,
+    )
+
+
+def chat_renderer(datasets: Datasets) -> Renderer:
+    """The renderer of a run of conversations."""
+    assert isinstance(datasets.renderer, Renderer)
+    return datasets.renderer
+
+
+class Chat(Kind):
+    """`sft`: rows of conversations, cross-entropy of the answers, answers by generation."""
+
+    objectives = ("sft",)
+    formats = ("messages", "llava", "qa")
+    rows_wanted = "messages, llava or qa rows for sft; pairs (image and caption) for contrastive"
+
+    def renderer(self, recipe: Recipe, processor: Any) -> RowRenderer:
+        """`make_renderer`."""
+        return make_renderer(recipe, processor)
+
+    def objective(self, recipe: Recipe, adapted: Adapted, datasets: Datasets) -> Objective:
+        """Cross-entropy with the head on supervised rows only."""
+        return build_sft(recipe.objective, adapted.model)
+
+    def calibration(self, recipe: Recipe, backbone: Backbone, datasets: Datasets) -> list[dict[str, torch.Tensor]]:
+        """Up to 16 training batches in the order of the seed, on the model's device."""
+        rows, device, dtype = len(datasets.train), next(backbone.model.parameters()).device, backbone.model.dtype
+        size = min(recipe.train.per_device_train_batch_size, rows)
+        order = epoch_order(rows, seed=recipe.train.seed, epoch=0)[: size * CALIBRATION_BATCHES]
+        found = []
+        for start in range(0, len(order) - size + 1, size):
+            rendered = [chat_renderer(datasets).render(datasets.train[row]) for row in order[start : start + size]]
+            inputs = collate(rendered, pad_token_id=backbone.pad_token_id).inputs
+            cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+            found.append({key: value.to(device) for key, value in cast.items()})
+        return found
+
+    def proof_rows(self, run: RunFolder, adapted: Adapted, datasets: Datasets) -> list[dict[str, torch.Tensor]]:
+        """Real evaluation rows (training rows where there are none), a batch each."""
+        samples = next(iter(datasets.evals.values()), datasets.train)[: run.recipe.export.verify_rows]
+        dtype = getattr(torch, run.recipe.model.dtype)
+        rows = []
+        for sample in samples:
+            batch = collate([chat_renderer(datasets).render(sample)], pad_token_id=adapted.backbone.pad_token_id)
+            inputs = {
+                key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.inputs.items()
+            }
+            rows.append({**inputs, "labels": batch.labels})
+        return rows
+
+    def evaluate(self, run: RunFolder, adapted: Adapted, datasets: Datasets) -> None:
+        """Answers of every model to every evaluation row, written to `predictions.jsonl`."""
+        store = PredictionStore()
+        for which, model, backbone in models(run, adapted, self.base(run.recipe, run.path)):
+            _answer_all(run, store, which, model, backbone, datasets)
+        store.write(run.predictions)
+
+    def scores(self, run: RunFolder) -> dict[str, Any]:
+        """The recipe's metrics over the predictions."""
+        if not run.predictions.is_file():
+            return {}
+        recipe, store = run.recipe, PredictionStore.read(run.predictions)
+        return score_records(
+            store.records,
+            [which for which in recipe.evaluate.models if which in store.models],
+            recipe.evaluate.metrics,
+            group_by=recipe.evaluate.group_by,
+            bootstrap_samples=recipe.evaluate.bootstrap_samples,
+            seed=recipe.train.seed,
+        )
+
+    def measure(self, renderer: RowRenderer, samples: Sequence[Sample]) -> dict[str, list[int]]:
+        """Tokens, those of pictures and the supervised ones of rendered rows."""
+        assert isinstance(renderer, Renderer)
+        rows = [renderer.render(sample) for sample in samples]
+        return {
+            "all": [len(row.input_ids) for row in rows],
+            "image": [row.media_tokens for row in rows],
+            "supervised": [int((row.labels[1:] != IGNORED).sum()) for row in rows],
+        }
+
+    def memory(
+        self, recipe: Recipe, backbone: Backbone, *, trainable: int, lengths: Mapping[str, Sequence[int]] | None
+    ) -> dict[str, int] | None:
+        """Activations of the language model and logits, at the longest row measured (512 tokens where none was)."""
+        text = backbone.model.config.get_text_config()
+        micro = recipe.train.per_device_train_batch_size
+        estimate = estimate_memory(
+            weight_bytes=0,
+            trainable_parameters=trainable,
+            tokens=micro * (max(lengths["all"]) if lengths else 512),
+            supervised=micro * (max(lengths["supervised"]) if lengths else 64),
+            hidden=text.hidden_size,
+            intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
+            layers=text.num_hidden_layers,
+            vocabulary=text.vocab_size,
+            checkpointing=recipe.train.gradient_checkpointing,
+        )
+        return {"activations": int(estimate.activations), "logits": int(estimate.logits)}
+
+    def preview(self, recipe: Recipe, processor: Any, samples: Sequence[Sample], path: Path, *, rows: int) -> None:
+        """Rows with the trained tokens coloured."""
+        write_preview(samples, make_renderer(recipe, processor), processor, path, rows=rows)
+
+
+def _answer_all(
+    run: RunFolder, store: PredictionStore, which: str, model: Any, backbone: Backbone, datasets: Datasets
+) -> None:
+    evaluate = run.recipe.evaluate
+    total = sum(len(samples) for samples in datasets.evals.values())
+    with run.journal.progress(total, f"answers of {which}") as bar:
+        for name, samples in datasets.evals.items():
+            answers = generate_answers(
+                model,
+                backbone.processor,
+                chat_renderer(datasets),
+                samples,
+                batch_size=evaluate.per_device_eval_batch_size,
+                max_new_tokens=evaluate.max_new_tokens,
+                num_beams=evaluate.num_beams,
+                device=next(model.parameters()).device,
+                progress=bar.update,
+            )
+            store.add(name, which, samples, answers=answers, folder=run.path)

@@ -1,0 +1,101 @@
+"""An objective of the user's own, from a Python file: named on the command line or in Python, never in a recipe.
+
+The command line is trusted, a recipe is not; what a recipe says can therefore never run code.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mmft.errors import RecipeError, choices
+from mmft.files import sha256_bytes
+from mmft.objectives.base import Objective
+from mmft.recipe.schema import Recipe
+
+ObjectiveFactory = Callable[[nn.Module, Recipe], Objective]
+"""Called once with the adapted model and the recipe."""
+_FORM = "FILE.py:NAME, for example my_loss.py:FocalLoss"
+
+
+def find_factory(spec: str | ObjectiveFactory) -> ObjectiveFactory:
+    """The class or function that `FILE.py:NAME` names; anything else is given back as it is.
+
+    Raises RecipeError when there is no such file or name in it, or when it cannot be called with (model, recipe).
+    """
+    if not isinstance(spec, str):
+        return _checked(spec, where=getattr(spec, "__qualname__", repr(spec)))
+    file, colon, name = spec.rpartition(":")
+    path = Path(file).expanduser()
+    if not colon or not name.isidentifier() or path.suffix != ".py":
+        raise RecipeError(f"'{spec}' names no objective", where="--objective", allowed=_FORM, do="write it so")
+    if not path.is_file():
+        raise RecipeError(f"{path} is not a file", where=f"--objective {spec}", allowed=_FORM, do="check the path")
+    module = _loaded(path)
+    own = [
+        key
+        for key, value in vars(module).items()
+        if callable(value) and getattr(value, "__module__", "") == module.__name__
+    ]
+    if name not in vars(module):
+        raise RecipeError(
+            f"{path.name} has no '{name}'", where=f"--objective {spec}", allowed=choices(own, word=name), do="name one"
+        )
+    return _checked(vars(module)[name], where=f"--objective {spec}")
+
+
+def _loaded(path: Path) -> Any:
+    name = f"mmft_objective_{sha256_bytes(str(path.resolve()).encode())[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # it is a .py file
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises
+        del sys.modules[name]
+        raise RecipeError(
+            f"{path.name} cannot be imported: {type(error).__name__}: {error}",
+            where=str(path),
+            do=f"run python {path.name}, and mend it",
+        ) from error
+    return module
+
+
+def _checked(factory: Any, *, where: str) -> ObjectiveFactory:
+    try:
+        inspect.signature(factory).bind(None, None)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f"the objective cannot be made: {error}",
+            where=where,
+            allowed="a class or function that takes (model, recipe)",
+            do="change its parameters",
+        ) from error
+    return factory
+
+
+def make_custom(factory: ObjectiveFactory, model: nn.Module, recipe: Recipe) -> Objective:
+    """The objective that the factory makes. Raises RecipeError when it lacks something that the loop calls."""
+    made = factory(model, recipe)
+    missing = [name for name in ("name", "metrics", "count", "loss") if not hasattr(made, name)]
+    if missing:
+        raise RecipeError(
+            f"{type(made).__name__} has no {', '.join(missing)}",
+            where="the objective",
+            allowed="name, metrics, count(batch), loss(model, batch) -> Loss",
+            do="see mmft/objectives/base.py",
+        )
+    return made
+
+
+def source_digest(factory: ObjectiveFactory) -> str:
+    """sha256 of the file the factory stands in, for a resumed run to refuse another (of its type if none)."""
+    file = inspect.getsourcefile(factory) if inspect.isclass(factory) or inspect.isfunction(factory) else None
+    return sha256_bytes(Path(file).read_bytes() if file else repr(type(factory)).encode())

@@ -1,0 +1,150 @@
+"""Runs on pairs of a picture and its texts: a dual encoder is trained and scored by retrieval."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mmft.adapters.build import PREFIX, Adapted, ParamGroup
+from mmft.adapters.folder import WEIGHTS
+from mmft.backbones.load import load_backbone
+from mmft.data.loader import RowRenderer
+from mmft.data.pairs import PairRenderer, merge_pairs
+from mmft.data.sample import Sample
+from mmft.errors import ExportError
+from mmft.evaluation.pairs import embed_pairs, largest_difference, score_pairs
+from mmft.files import write_json
+from mmft.kinds.base import Datasets, Kind, folder_section, models
+from mmft.objectives.base import Objective
+from mmft.objectives.contrastive import ContrastiveObjective
+from mmft.objectives.contrastive_embed import scales
+from mmft.recipe.schema import Recipe
+from mmft.runfolder import RunFolder, read_json
+
+RESULT = "retrieval.json"
+_LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+"""What a component of a vector of length one may be off by in a merged model: its type's rounding through the tower."""
+
+
+class Pairs(Kind):
+    """`contrastive`: pictures and texts of a dual encoder."""
+
+    objectives = ("contrastive",)
+    formats = ("pairs",)
+    rows_wanted = "pairs (image and caption) for contrastive; messages, llava or qa for sft"
+    least_rows = 2
+
+    def renderer(self, recipe: Recipe, processor: Any) -> RowRenderer:
+        """`PairRenderer`."""
+        return PairRenderer(
+            processor,
+            max_length=recipe.data.max_length,
+            over_length=recipe.data.over_length,
+            max_image_pixels=recipe.data.max_image_pixels,
+            captions=recipe.objective.captions_per_image,
+            seed=recipe.train.seed,
+        )
+
+    def samples(self, recipe: Recipe, samples: list[Sample]) -> list[Sample]:
+        """Rows of one picture become one."""
+        return merge_pairs(samples)
+
+    def adapt(self, adapted: Adapted, recipe: Recipe) -> Adapted:
+        """The scale and bias of the similarities trained too, where the recipe asks for it."""
+        return free_scales(adapted) if recipe.objective.train_logit_scale else adapted
+
+    def objective(self, recipe: Recipe, adapted: Adapted, datasets: Datasets) -> Objective:
+        """InfoNCE or the sigmoid loss over whole optimizer steps."""
+        return ContrastiveObjective(adapted.model, kind=recipe.objective.loss)
+
+    def keep(self, recipe: Recipe, adapted: Adapted, folder: Path) -> None:
+        """The trained scale and bias."""
+        keep_scales(adapted, folder)
+
+    def compare(self, run: RunFolder, adapted: Adapted, datasets: Datasets) -> dict[str, Any]:
+        """The embeddings of a few rows."""
+        chosen = next(iter(datasets.evals.values()), datasets.train)[: run.recipe.export.verify_rows]
+        assert isinstance(datasets.renderer, PairRenderer)
+        return {"embeddings": compare_embeddings(run, adapted, chosen, datasets.renderer)}
+
+    def evaluate(self, run: RunFolder, adapted: Adapted, datasets: Datasets) -> None:
+        """Retrieval of every model on every set, written to `retrieval.json`."""
+        assert isinstance(datasets.renderer, PairRenderer)
+        found = {}
+        size, total = run.recipe.evaluate.per_device_eval_batch_size, sum(map(len, datasets.evals.values()))
+        for which, model, _ in models(run, adapted, self.base(run.recipe, run.path)):
+            with run.journal.progress(total, f"embeddings of {which}") as bar:
+                found[which] = {
+                    name: embed_pairs(model, datasets.renderer, samples, batch_size=size, progress=bar.update)
+                    for name, samples in datasets.evals.items()
+                }
+        resamples, seed = run.recipe.evaluate.bootstrap_samples, run.recipe.train.seed
+        write_json(run.path / RESULT, score_pairs(found, bootstrap_samples=resamples, seed=seed))
+
+    def scores(self, run: RunFolder) -> dict[str, Any]:
+        """What `evaluate` wrote; empty before that."""
+        return read_json(run.path / RESULT)
+
+    def measure(self, renderer: RowRenderer, samples: Sequence[Sample]) -> dict[str, list[int]]:
+        """Tokens of each row's longest text."""
+        return {"all": [renderer.length(sample) for sample in samples]}
+
+
+def free_scales(adapted: Adapted) -> Adapted:
+    """The adapted model with the scale and bias of its similarities trained too."""
+    learned = scales(adapted.model)
+    for value in learned.values():
+        value.requires_grad_(True)
+    known = {name for group in adapted.groups for name in group.names}
+    names = tuple(name for name, value in adapted.trainable().items() if name not in known)
+    if not names:
+        return adapted
+    return dataclasses.replace(adapted, groups=(*adapted.groups, ParamGroup(adapted.home(names[0])[0], names, None)))
+
+
+def keep_scales(adapted: Adapted, folder: Path) -> None:
+    """Put the trained scale and bias into the adapter's weights, where plain peft and the merge find them: under the
+    names of the base's own parameters."""
+    learned = {name: value for name, value in scales(adapted.model).items() if value.requires_grad}
+    path = folder / WEIGHTS
+    if not learned or not path.is_file():
+        return
+    mode = path.stat().st_mode & 0o777
+    tensors = load_file(path) | {PREFIX + name: value.detach().cpu().float().clone() for name, value in learned.items()}
+    save_file(dict(sorted(tensors.items())), path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def compare_embeddings(
+    run: RunFolder, adapted: Adapted, samples: Sequence[Sample], renderer: PairRenderer
+) -> dict[str, Any]:
+    """The merged folder's embeddings against the adapter model's, on a few rows.
+
+    Raises ExportError when they differ by more than the weights' type rounds (checked unless the base is quantized and
+    the merge was onto the original weights).
+    """
+    if not samples:
+        return {}
+    recipe = run.recipe
+    ours = embed_pairs(adapted.model, renderer, samples, batch_size=len(samples))
+    other = load_backbone(folder_section(recipe.model, run.merged), device=next(adapted.model.parameters()).device)
+    theirs = embed_pairs(other.model, renderer, samples, batch_size=len(samples))
+    found = largest_difference(ours, theirs)
+    limit = max(_LIMITS[kind] for kind in {other.model.dtype, getattr(torch, recipe.export.dtype or "float32")})
+    limit = _LIMITS[torch.bfloat16] if adapted.backbone.quantized else limit
+    checked = not adapted.backbone.quantized or recipe.export.merge_onto == "dequantized"
+    del other
+    gc.collect()
+    if checked and not found <= limit:
+        raise ExportError(
+            f"the merged model's embeddings differ from the adapter model's by {found:.3g} (allowed {limit:g})",
+            where=str(run.merged),
+            do="look at merge_report.json",
+        )
+    return {"rows": len(samples), "max_difference": found, "limit": limit, "checked": checked}

@@ -1,0 +1,31 @@
+"""The objective section: one group of fields for each thing an objective reads, and which objective reads which.
+
+A field that the chosen objective does not read is an error when it is given, so a user meets the fields of one
+objective only.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mmft.recipe.objective.contrastive import ContrastiveFields
+from mmft.recipe.objective.sft import SmoothingFields
+from mmft.recipe.section import Section
+
+READS: dict[str, tuple[type[Section], ...]] = {
+    "sft": (SmoothingFields,),
+    "contrastive": (ContrastiveFields,),
+}
+"""Objective -> the groups of fields it reads."""
+
+
+class ObjectiveSection(SmoothingFields, ContrastiveFields):
+    """What is minimised."""
+
+    name: Literal["sft", "contrastive"] = "sft"
+    """`sft`: cross-entropy of the answers' tokens; `contrastive`: pictures and texts of a dual encoder."""
+
+
+def readers(field: str) -> list[str]:
+    """The objectives that read a field of the section."""
+    return [name for name, groups in READS.items() if any(field in group.model_fields for group in groups)]
