@@ -135,6 +135,10 @@ class _Builder:
             return root
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
+            if "nesting depth" in str(error.problem):  # the parser's own limit, of newer PyYAML, is larger than ours
+                what = f"nested deeper than {MAX_DEPTH} levels"
+                self.problems.append(Problem(what, self.where(mark), None, "write the recipe flat"))
+                return None
             self.problems.append(Problem(f"not valid YAML: {error.problem}", self.where(mark), None, _yaml_hint(error)))
         except yaml.YAMLError as error:
             text = re.sub(r"\s+", " ", str(error))[:200]

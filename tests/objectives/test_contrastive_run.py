@@ -140,9 +140,11 @@ def test_sigmoid_needs_a_bias(tmp_path):
         mmft.train(values(tmp_path, {**NO_MERGE, "objective.loss": "sigmoid"}), quiet=True)
 
 
-def test_plan_says_that_it_looks_at_conversations(tmp_path):
-    with pytest.raises(RecipeError, match="the recipe learns from pairs"):
-        make_plan(values(tmp_path))
+def test_plan_counts_pictures_and_the_tokens_of_texts(tmp_path):
+    plan = make_plan(values(tmp_path))
+    assert plan["data"]["train"] == len({row["image"] for row in map(json.loads, pair_rows().read_text().splitlines())})
+    assert plan["tokens"]["all"]["max"] >= plan["tokens"]["all"]["p50"] > 2
+    assert "activations are not estimated for this kind of run" in plan["notes"]
 
 
 @pytest.mark.parametrize(
