@@ -83,11 +83,11 @@ print(json.dumps(found))
 def test_a_run_leaves_everything_and_its_scores_are_those_of_its_answers(kind: str) -> None:
     done = finished(kind)
     assert [name for name in FILES if not (done.run / name).is_file()] == []
-    assert sorted(path.name for path in (done.run / "checkpoints").iterdir()) == ["step-000040", "step-000080"]
+    assert sorted(path.name for path in (done.run / "checkpoints").iterdir()) == ["step-000080", "step-000160"]
     assert (done.run / "adapter" / "adapter_model.safetensors").is_file()
     assert (done.run / "merged" / "model.safetensors").is_file()
     assert json.loads((done.run / "report.json").read_text()) == done.report
-    assert [row["step"] for row in read_lines(done.run / "metrics.jsonl") if "loss" in row] == list(range(1, 81))
+    assert [row["step"] for row in read_lines(done.run / "metrics.jsonl") if "loss" in row] == list(range(1, 161))
     assert mmft.validate(done.run / "recipe.yaml") == mmft.validate(done.recipe)
 
     predictions = done.predictions()
@@ -127,8 +127,8 @@ def test_the_facts_of_training_are_counted_right() -> None:
     adapter = load_file(done.run / "adapter" / "adapter_model.safetensors")
     assert facts == done.report["training"]
     assert facts["trainable"] == sum(tensor.numel() for tensor in adapter.values())
-    assert (facts["steps"], facts["rows"], facts["rows_per_step"], facts["samples"]) == (80, 16, 4, 320)
-    assert facts["epochs"] == 320 / 16
+    assert (facts["steps"], facts["rows"], facts["rows_per_step"], facts["samples"]) == (160, 16, 4, 640)
+    assert facts["epochs"] == 640 / 16
     assert facts["stopped"] is None
     assert facts["versions"]["torch"] == torch.__version__.partition("+")[0]
 
@@ -289,7 +289,7 @@ def _opened(run: Path) -> int:
 @pytest.mark.slow
 def test_ten_kills_of_a_whole_run_change_nothing(tmp_path: Path) -> None:
     """Kills of the console script at any time from its opening of the run on, merge and evaluation included."""
-    recipe = write_recipe(tmp_path, {"train.max_steps": 80, "train.save_steps": 4})
+    recipe = write_recipe(tmp_path, {"train.max_steps": 160, "train.save_steps": 8})
     run, draw, landed = tmp_path / "runs" / "tiny", random.Random(11), 0
     for number in range(10):
         words = [str(BIN / "mmft"), "train", str(recipe), "--resume", "--quiet"]
