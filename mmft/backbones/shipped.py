@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import FastVlmForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
-SHIPPED = ("nano-vlm", "nano-vlm-init", "emoji-clip-init")
+SHIPPED = ("nano-vlm", "nano-vlm-init", "emoji-clip-init", "emoji-captioner-init")
 IMAGE_SIDE = 192
 PATCH = 32
 """Pixels per side of one image token: 192 pixels give 6 x 6 = 36 tokens."""

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mmft.backbones.shipped import keep_made, resolve_shipped, tower_weights
+from mmft.backbones.shipped_captioner import NAME as CAPTIONER
+from mmft.backbones.shipped_captioner import resolve_captioner
 from mmft.errors import BackboneError
 from mmft.files import scratch_folder, sha256_file
 
@@ -33,7 +35,10 @@ _RECIPE = 1
 
 def resolve_any(name: str) -> Path:
     """Folder of any shipped model, with or without the leading `shipped:`."""
-    return resolve_dual() if name.removeprefix("shipped:") == NAME else resolve_shipped(name)
+    plain = name.removeprefix("shipped:")
+    if plain == CAPTIONER:
+        return resolve_captioner()
+    return resolve_dual() if plain == NAME else resolve_shipped(name)
 
 
 def resolve_dual() -> Path:

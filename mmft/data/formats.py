@@ -28,6 +28,7 @@ from mmft.seeds import fold
 
 SHIPPED = "shipped:emoji-scenes/"
 SHIPPED_PAIRS = "shipped:emoji-pairs/"
+SHIPPED_CAPTIONS = "shipped:emoji-captions/"
 _LOOK = 20
 
 TABLE = "table"
@@ -68,6 +69,10 @@ def source_path(source: DataSource) -> Path:
         from mmft.data.pairs_emoji import shipped_pairs
 
         return shipped_pairs(source.path.removeprefix(SHIPPED_PAIRS))
+    if source.path.startswith(SHIPPED_CAPTIONS):
+        from mmft.data.scenes_captions import shipped_captions
+
+        return shipped_captions(source.path.removeprefix(SHIPPED_CAPTIONS))
     return Path(source.path)
 
 

@@ -146,6 +146,29 @@ def group_of(sample: Sample) -> int:
     return fold(0, "group", name) if name is not None else fold(0, "row", sample.source, sample.id)
 
 
+def draw_texts(sample: Sample, count: int, *, seed: int, epoch: int) -> list[str]:
+    """`count` texts of a sample, drawn by (seed, epoch, id), in the row's order; all of them where `count` is 0."""
+    texts = list(sample.answers)
+    if not count or count >= len(texts):
+        return texts
+    draw = generator(seed, "captions", epoch, sample.source, sample.id)
+    return [texts[place] for place in sorted(draw.sample(range(len(texts)), count))]
+
+
+def open_picture(sample: Sample, *, max_image_pixels: int) -> Any:
+    """The picture of a pair; its errors name the row."""
+    ref: MediaRef = sample.media[0]
+    try:
+        return open_image(ref, max_pixels=max_image_pixels)
+    except MmftError as error:
+        row = f"{sample.where or sample.source} (id {sample.id})"
+        problems = [
+            Problem(one.what, f"{row}: {one.where}" if one.where else row, one.allowed, one.do)
+            for one in error.problems
+        ]
+        raise DataError(problems) from error
+
+
 class PairRenderer:
     """Samples to batches with a dual encoder's processor (`tokenizer` and `image_processor`).
 
@@ -189,11 +212,7 @@ class PairRenderer:
 
     def chosen(self, sample: Sample, epoch: int) -> list[str]:
         """The texts of a sample that an epoch sees, in the row's order."""
-        texts = list(sample.answers)
-        if not self.captions or self.captions >= len(texts):
-            return texts
-        draw = generator(self.seed, "captions", epoch, sample.source, sample.id)
-        return [texts[place] for place in sorted(draw.sample(range(len(texts)), self.captions))]
+        return draw_texts(sample, self.captions, seed=self.seed, epoch=epoch)
 
     def assemble(self, rows: Sequence[tuple[Sample, int]]) -> Batch:
         """The batch of (sample, epoch) rows: both sides' inputs and the groups `LEFT` (pictures) and `RIGHT` (texts).
@@ -234,7 +253,7 @@ class PairRenderer:
 
     def encode_images(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         """What the picture side is given for some samples."""
-        pictures = [self._opened(sample) for sample in samples]
+        pictures = [open_picture(sample, max_image_pixels=self.max_image_pixels) for sample in samples]
         try:
             return dict(self.image_processor(images=pictures, return_tensors="pt"))
         except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
@@ -243,15 +262,3 @@ class PairRenderer:
                 where=", ".join(itertools.islice((sample.where or sample.id for sample in samples), 5)),
                 do="look at the pictures' sizes",
             ) from error
-
-    def _opened(self, sample: Sample) -> Any:
-        ref: MediaRef = sample.media[0]
-        try:
-            return open_image(ref, max_pixels=self.max_image_pixels)
-        except MmftError as error:
-            row = f"{sample.where or sample.source} (id {sample.id})"
-            problems = [
-                Problem(one.what, f"{row}: {one.where}" if one.where else row, one.allowed, one.do)
-                for one in error.problems
-            ]
-            raise DataError(problems) from error

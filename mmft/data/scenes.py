@@ -178,7 +178,7 @@ def _make_row(spec: SceneSpec, made: Path, index: int) -> tuple[dict, dict]:
     """Row `index` of a set and its layout; the picture is written as a side effect."""
     rng = generator(spec.seed, spec.name, index)
     pool_name = spec.pools[index % len(spec.pools)]
-    pool = _pool(pool_name, spec.seed)
+    pool = concept_pool(pool_name, spec.seed)
     kind = EVAL_TYPES[(index // len(spec.pools)) % len(EVAL_TYPES)]
     counts = (1, 2, 3, 4) if spec.turns == 1 else (1, 2, 2, 3, 3, 3, 4, 4, 4, 4)
     layout = _draw_layout(spec, rng, pool, rng.choice(counts))
@@ -189,14 +189,15 @@ def _make_row(spec: SceneSpec, made: Path, index: int) -> tuple[dict, dict]:
         kind = "mixed"
         questions = (_conversation if leading else _unaided)(layout, pool, rng, spec)
     name = f"images/{index:06d}.jpg"
-    _draw(spec.style, layout, rng).save(made / name, quality=_QUALITY)
+    draw_scene(spec.style, layout, rng).save(made / name, quality=_QUALITY)
     tags = {"type": kind, "style": spec.style, "concepts": pool_name}
     row_id = f"{spec.name}-{index:06d}"
     row = {"id": row_id, "images": [name], "messages": _messages(questions), "tags": tags}
     return row, {"id": row_id, "cells": {cell: concept.name for cell, concept in layout.items()}}
 
 
-def _pool(name: str, seed: int) -> tuple[Concept, ...]:
+def concept_pool(name: str, seed: int) -> tuple[Concept, ...]:
+    """The concepts a set draws from: "all", or one of the two halves, "trained" and "new"."""
     trained, new = emoji.halves(seed)
     return {"all": emoji.concepts(seed), "trained": trained, "new": new}[name]
 
@@ -216,7 +217,7 @@ def _draw_layout(spec: SceneSpec, rng: random.Random, pool: tuple[Concept, ...],
             return layout
 
 
-def _draw(style: str, layout: dict[str, Concept], rng: random.Random) -> Image.Image:
+def draw_scene(style: str, layout: dict[str, Concept], rng: random.Random) -> Image.Image:
     """The picture of a layout: RGB, `SIDE` x `SIDE`, with a little jitter in place and size."""
     picture = Image.new("RGB", (SIDE, SIDE), tuple(rng.randint(208, 255) for _ in range(3)))
     half = SIDE // 2

@@ -14,6 +14,7 @@ from mmft.data.collate import Batch, collate
 from mmft.data.render import Rendered, Renderer
 from mmft.data.sample import Sample
 from mmft.errors import BackboneError
+from mmft.evaluation.sampling import NucleusDraws, Sampling
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -31,29 +32,33 @@ def generate_answers(
     batch_size: int,
     max_new_tokens: int,
     num_beams: int = 1,
+    sampling: Sampling | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """One answer per sample, in the order of `samples`; `progress` is told how many rows were just done.
 
-    Greedy (or beam) search with a KV cache; end-of-answer tokens from the model's own generation config. Rows are
-    sorted by length within windows of 16 batches, padded on the left, and put back in order. `model` may be a
-    PeftModel; every module's training flag is as before afterwards. Raises BackboneError for 4-bit layers that would
-    repack their weights in an eval forward, DataError for a row that cannot be rendered.
+    Greedy (or beam) search, or with `sampling` draws from the nucleus, with a KV cache; end-of-answer tokens from the
+    model's own generation config. Rows are sorted by length within windows of 16 batches, padded on the left, and put
+    back in order. `model` may be a PeftModel; every module's training flag is as before afterwards. Raises
+    BackboneError for 4-bit layers that would repack their weights in an eval forward, DataError for a row that cannot
+    be rendered.
     """
-    _check_quantized(model)
+    check_quantized(model)
     tokenizer = getattr(processor, "tokenizer", processor)
-    config = _generation_config(model, tokenizer, max_new_tokens=max_new_tokens, num_beams=num_beams)
+    config = generation_config(model, tokenizer, max_new_tokens=max_new_tokens, num_beams=num_beams)
     answers: list[str] = [""] * len(samples)
     window = batch_size * _WINDOW_BATCHES
     # Not inference_mode: a buffer that a forward caches on the module would be unusable in a later backward.
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for start in range(0, len(samples), window):
             rendered = [renderer.prompt(sample) for sample in samples[start : start + window]]
             order = sorted(range(len(rendered)), key=lambda place: len(rendered[place].input_ids), reverse=True)
             for at in range(0, len(order), batch_size):
                 places = order[at : at + batch_size]
-                texts = _answer_batch(model, tokenizer, config, rows=[rendered[place] for place in places], to=device)
+                texts = _answer_batch(
+                    model, tokenizer, config, rows=[rendered[place] for place in places], sampling=sampling, to=device
+                )
                 for place, text in zip(places, texts, strict=True):
                     answers[start + place] = text
                 if progress is not None:
@@ -62,21 +67,36 @@ def generate_answers(
 
 
 def _answer_batch(
-    model: nn.Module, tokenizer: Any, config: GenerationConfig, *, rows: Sequence[Rendered], to: torch.device | str
+    model: nn.Module,
+    tokenizer: Any,
+    config: GenerationConfig,
+    *,
+    rows: Sequence[Rendered],
+    sampling: Sampling | None,
+    to: torch.device | str,
 ) -> list[str]:
     """Decoded continuations of one left-padded batch."""
     pad = config.pad_token_id
     assert isinstance(pad, int)
     batch: Batch = collate(rows, pad_token_id=pad, side="left").to(to)
-    dtype = _float_dtype(model)
+    dtype = float_dtype(model)
     inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.inputs.items()}
     answering: Any = model  # nn.Module's own annotations take `generate` for a tensor
-    generated: torch.Tensor = answering.generate(**inputs, generation_config=config)
+    generated: torch.Tensor = answering.generate(**inputs, generation_config=config, **_drawn(rows, sampling))
     new = generated[:, inputs["input_ids"].shape[1] :].tolist()
-    return [text.strip() for text in tokenizer.batch_decode(_ended(new, config), skip_special_tokens=True)]
+    return [text.strip() for text in tokenizer.batch_decode(ended(new, config), skip_special_tokens=True)]
 
 
-def _ended(rows: list[list[int]], config: GenerationConfig) -> list[list[int]]:
+def _drawn(rows: Sequence[Rendered], sampling: Sampling | None) -> dict[str, Any]:
+    """The further argument of `generate` that makes it draw."""
+    from transformers import LogitsProcessorList
+
+    if sampling is None:
+        return {}
+    return {"logits_processor": LogitsProcessorList([NucleusDraws(sampling, [row.id for row in rows])])}
+
+
+def ended(rows: list[list[int]], config: GenerationConfig) -> list[list[int]]:
     """Each row up to its first end token, without it.
 
     transformers' beam search fills finished rows with the end token when the pad token's id is 0 (`pad or end`); an end
@@ -87,27 +107,27 @@ def _ended(rows: list[list[int]], config: GenerationConfig) -> list[list[int]]:
     return [row[: next((place for place, token in enumerate(row) if token in ends), len(row))] for row in rows]
 
 
-def _base(model: nn.Module) -> nn.Module:
+def base_model(model: nn.Module) -> nn.Module:
     """The transformers model below a PeftModel."""
     unwrap = getattr(model, "get_base_model", None)
     return unwrap() if callable(unwrap) else model  # pyright: ignore[reportReturnType]
 
 
-def _float_dtype(model: nn.Module) -> torch.dtype:
+def float_dtype(model: nn.Module) -> torch.dtype:
     """Type of the base's first floating weight: processors give float32, 16-bit towers do not all cast."""
     adapters = ("lora_", "modules_to_save")
-    for name, weight in _base(model).named_parameters():
+    for name, weight in base_model(model).named_parameters():
         if weight.is_floating_point() and not any(word in name for word in adapters):
             return weight.dtype
     return torch.float32
 
 
-def _generation_config(model: nn.Module, tokenizer: Any, *, max_new_tokens: int, num_beams: int) -> GenerationConfig:
+def generation_config(model: nn.Module, tokenizer: Any, *, max_new_tokens: int, num_beams: int) -> GenerationConfig:
     """The model's generation config made deterministic: no sampling, our length, a pad token."""
-    config: Any = copy.deepcopy(getattr(_base(model), "generation_config", None))
+    config: Any = copy.deepcopy(getattr(base_model(model), "generation_config", None))
     if config is None:
         raise BackboneError(
-            f"{type(_base(model)).__name__} cannot generate", do="evaluate only models with a language head"
+            f"{type(base_model(model)).__name__} cannot generate", do="evaluate only models with a language head"
         )
     config.update(do_sample=False, temperature=None, top_p=None, top_k=None, typical_p=None, min_p=None)
     config.update(max_new_tokens=max_new_tokens, max_length=None, num_beams=num_beams, use_cache=True)
@@ -123,7 +143,7 @@ def _generation_config(model: nn.Module, tokenizer: Any, *, max_new_tokens: int,
     return config
 
 
-def _check_quantized(model: nn.Module) -> None:
+def check_quantized(model: nn.Module) -> None:
     """Refuse 4-bit CPU layers whose next eval forward would repack their weights for good (and end training)."""
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -137,7 +157,7 @@ def _check_quantized(model: nn.Module) -> None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """eval() inside; outside every module's own flag again (frozen towers stay in eval while adapters train)."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()

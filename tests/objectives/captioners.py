@@ -1,0 +1,171 @@
+"""Tiny captioners of every kind with their processors, and pairs that they can learn: a picture of one colour."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers.processors import TemplateProcessing
+
+from mmft.data.captions import CaptionRenderer, caption_shape
+from mmft.data.sample import MediaRef, Sample
+from tests.families.kinds_a import blip as tiny_blip
+from tests.families.kinds_a import blip_2 as tiny_blip_2
+from tests.families.kinds_a2 import florence2 as tiny_florence2
+from tests.families.kinds_a2 import git as tiny_git
+from tests.families.kinds_b2 import pix2struct as tiny_pix2struct
+from tests.families.shrink import VOCABULARY, shrink
+from tests.objectives.pairs import pair_rows
+from tests.runs import workshop
+from tests.tiny import SIDE, tiny_tokenizer
+
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+COMPOSED = ("bert", "gpt2", "bart", "trocr")
+"""Decoders of a VisionEncoderDecoderModel: a masked and a causal language model, the decoder of an encoder-decoder, and
+a decoder of its own."""
+PICTURES = (*COMPOSED, "git", "blip", "florence2", "pix2struct")
+
+
+def tokenizer(*, framed: bool = False) -> Any:
+    """A token for each byte; `framed`: with a start and an end token around a text, as BERT's."""
+    found = tiny_tokenizer()
+    if framed:
+        start, end = found.convert_ids_to_tokens([1, 2])
+        found._tokenizer.post_processor = TemplateProcessing(
+            single=f"{start} $A {end}", special_tokens=[(start, 1), (end, 2)]
+        )
+    return found
+
+
+def image_processor(side: int = SIDE) -> Any:
+    square = {"height": side, "width": side}
+    return transformers.CLIPImageProcessor(size=square, crop_size=square, do_center_crop=False)
+
+
+def _decoder(kind: str) -> Any:
+    told = {"is_decoder": True, "add_cross_attention": True, "tie_word_embeddings": False, **IDS}
+    if kind == "bart":
+        told |= {"is_encoder_decoder": False, "forced_eos_token_id": None}
+    if kind == "trocr":
+        told |= {"cross_attention_hidden_size": 32}
+    return shrink(kind, **told)
+
+
+def _composed(kind: str) -> tuple[Any, Any]:
+    vit = shrink("vit", hidden_size=32, num_attention_heads=2, intermediate_size=64)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        vit, _decoder(kind), decoder_start_token_id=1, pad_token_id=0, eos_token_id=2
+    )
+    wrapped = transformers.TrOCRProcessor(image_processor=image_processor(), tokenizer=tokenizer(framed=kind == "bert"))
+    return transformers.VisionEncoderDecoderModel(config), wrapped
+
+
+def _git() -> tuple[Any, Any]:
+    config = tiny_git().config
+    config.vocab_size = VOCABULARY
+    wrapped = transformers.GitProcessor(image_processor(), tokenizer(framed=True))
+    return transformers.GitForCausalLM(config), wrapped
+
+
+def _blip() -> tuple[Any, Any]:
+    config = tiny_blip().config
+    config.text_config.vocab_size, config.text_config.label_smoothing = VOCABULARY, 0.0
+    config.text_config.bos_token_id = 5  # [DEC]: not what the tokenizer puts in front
+    square = {"height": SIDE, "width": SIDE}
+    pictures = transformers.BlipImageProcessor(size=square)
+    return transformers.BlipForConditionalGeneration(config), transformers.BlipProcessor(
+        pictures, tokenizer(framed=True)
+    )
+
+
+def _blip_2() -> tuple[Any, Any]:
+    config, known = tiny_blip_2().config, tokenizer()
+    # Its processor takes a tokenizer that has no image token yet (one that has it must hold it as an AddedToken).
+    words = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=known._tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="<end>"
+    )
+    config.text_config.vocab_size, config.image_token_index = VOCABULARY, known.image_token_id
+    pictures = transformers.BlipImageProcessor(size={"height": SIDE, "width": SIDE})
+    wrapped = transformers.Blip2Processor(pictures, words, num_query_tokens=4)
+    return transformers.Blip2ForConditionalGeneration(config), wrapped
+
+
+def _florence2() -> tuple[Any, Any]:
+    config, words = tiny_florence2().config, tokenizer()
+    config.text_config.vocab_size = VOCABULARY
+    for name, value in {**IDS, "decoder_start_token_id": 2, "forced_eos_token_id": None}.items():
+        setattr(config.text_config, name, value)
+    config.image_token_id = words.image_token_id
+    # Its captions begin with the end token; a tied random head would say that again.
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+    pictures = image_processor(64)
+    pictures.image_seq_length = 5
+    wrapped = transformers.Florence2Processor(image_processor=pictures, tokenizer=words)
+    return transformers.Florence2ForConditionalGeneration(config), wrapped
+
+
+def _pix2struct() -> tuple[Any, Any]:
+    config = tiny_pix2struct().config
+    config.decoder_start_token_id = config.pad_token_id = 0
+    pictures = transformers.Pix2StructImageProcessor(patch_size={"height": 4, "width": 4}, max_patches=16)
+    config.eos_token_id = config.text_config.eos_token_id = 2
+    wrapped = transformers.Pix2StructProcessor(pictures, tokenizer())
+    wrapped.image_processor.max_patches = 16
+    return transformers.Pix2StructForConditionalGeneration(config), wrapped
+
+
+_MAKERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
+    **{kind: functools.partial(_composed, kind) for kind in COMPOSED},
+    "git": _git,
+    "blip": _blip,
+    "blip-2": _blip_2,
+    "florence2": _florence2,
+    "pix2struct": _pix2struct,
+}
+
+
+def tiny_captioner(kind: str) -> tuple[Any, Any]:
+    """A model with weights that say something of the picture, in eval mode, and its processor."""
+    torch.manual_seed(0)
+    model, processor = _MAKERS[kind]()
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.ndim > 1:
+                value.normal_(0, 0.08)
+    model.generation_config.update(forced_eos_token_id=None, **IDS)
+    return model.eval(), processor
+
+
+@functools.cache
+def captioner_folder(kind: str) -> Path:
+    folder = workshop() / f"captioner-{kind}"
+    model, processor = tiny_captioner(kind)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def renderer_of(model: Any, processor: Any, **options: Any) -> CaptionRenderer:
+    shape = caption_shape(type(model), model.config)
+    return CaptionRenderer(processor, shape, **{"max_length": 64, "captions": 1, **options})
+
+
+def samples(count: int = 4) -> list[Sample]:
+    """Pairs with captions of different lengths."""
+    root = pair_rows(8).parent
+    words = ("red", "a green square", "blue blue blue", "white and more", "x", "yes", "black", "z z")
+    return [
+        Sample(
+            id=f"s{number}",
+            turns=(),
+            media=(MediaRef(path=f"{number}.png", root=root),),
+            answers=(words[number % 8], f"one {words[number % 8]} thing"),
+            source="small",
+            where=f"rows.jsonl:{number + 1}",
+        )
+        for number in range(count)
+    ]
