@@ -20,7 +20,7 @@ from mmft.evaluation.metrics import METRICS
 SIDE = 192
 _PICTURES_PER_CARD = 4
 _TEXT = 600
-_CORPUS_METRICS = ("bleu", "cider")
+_CORPUS_METRICS = ("bleu", "bleu_1", "bleu_2", "bleu_3", "cider", "meteor")
 _MAX_PIXELS = 40_000_000
 
 

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from pycocoevalcap.bleu.bleu import Bleu as CocoBleu
 from pycocoevalcap.cider.cider import Cider as CocoCider
+from pycocoevalcap.meteor.meteor import Meteor as CocoMeteor
 from pycocoevalcap.rouge.rouge import Rouge as CocoRouge
 
 from mmft.errors import DataError, RecipeError
 from mmft.evaluation.metrics import METRICS, load_metric
 from mmft.evaluation.metrics.base import tokenize
 from mmft.evaluation.metrics.exact_match import normalize as exact
+from mmft.evaluation.metrics.meteor import Meteor, why_not
 from mmft.evaluation.metrics.rouge_l import common_subsequence
 from mmft.evaluation.metrics.vqa_accuracy import accuracy
 from mmft.evaluation.metrics.vqa_accuracy import normalize as vqa
@@ -72,6 +74,41 @@ def test_caption_metrics_equal_the_coco_tools(seed):
         stats = METRICS[name].rows(predictions, references)
         assert METRICS[name].aggregate(stats) == pytest.approx(value, abs=1e-9)
         assert stats[:, 0] == pytest.approx(rows, abs=1e-9)
+
+
+needs_java = pytest.mark.skipif(why_not() is not None, reason=f"METEOR cannot run: {why_not()}")
+NAMES = [pytest.param(name, marks=needs_java) if name == "meteor" else name for name in sorted(METRICS)]
+
+
+@needs_java
+@pytest.mark.parametrize("seed", [0, 1])
+def test_meteor_equals_the_coco_tools(seed):
+    """The set's score too: it is a formula over summed counts, so that a bootstrap needs no Java."""
+    predictions, references = corpus(seed)
+    words = ("cats sitting", "a small dog", "two dogs run with the cat", "")
+    predictions[: len(words)] = words
+    value, rows = CocoMeteor().compute_score(*as_coco(predictions, references))
+    metric = METRICS["meteor"]
+    stats = metric.rows(predictions, references)
+    assert metric.aggregate(stats) == pytest.approx(value, abs=1e-9)
+    assert metric.each(stats) == pytest.approx(np.asarray(rows), abs=1e-9)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_lower_orders_of_bleu_have_scores_of_their_own(order):
+    predictions, references = corpus(4)
+    bleus, rows = CocoBleu(4).compute_score(*as_coco(predictions, references), verbose=0)
+    metric = METRICS[f"bleu_{order}"]
+    stats = metric.rows(predictions, references)
+    assert metric.aggregate(stats) == pytest.approx(bleus[order - 1], abs=1e-9)
+    assert metric.each(stats) == pytest.approx(np.asarray(rows[order - 1]), abs=1e-9)
+
+
+def test_meteor_without_java_says_what_is_missing(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert why_not() == "there is no `java` on the PATH"
+    with pytest.raises(DataError, match="no `java`.*|meteor cannot run"):
+        Meteor().rows(["a"], [["a"]])
 
 
 def test_subsequence_equals_the_plain_table():
@@ -157,7 +194,7 @@ def test_exact_match_normalization():
     assert metric.rows(["Red.", "blue"], [["green", "red"], ["red"]]).ravel().tolist() == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("name", sorted(METRICS))
+@pytest.mark.parametrize("name", NAMES)
 def test_empty_and_odd_texts_give_finite_scores(name):
     metric = METRICS[name]
     texts = ["", " ", ".", "🐱", "猫", "\u200b", "a" * 5000, "\ud7ff", "x\ny"]
@@ -168,7 +205,7 @@ def test_empty_and_odd_texts_give_finite_scores(name):
     assert np.isfinite(metric.aggregate(metric.rows([""] * 3, [["the cat sat"]] * 3)))
 
 
-@pytest.mark.parametrize("name", sorted(METRICS))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_perfect_answer_is_best_and_order_does_not_matter(name):
     metric = METRICS[name]
     _, references = corpus(5, rows=20)
@@ -177,7 +214,7 @@ def test_a_perfect_answer_is_best_and_order_does_not_matter(name):
     assert metric.aggregate(perfect[::-1]) == pytest.approx(metric.aggregate(perfect))
 
 
-@pytest.mark.parametrize("name", sorted(METRICS))
+@pytest.mark.parametrize("name", NAMES)
 def test_evaluate_face_needs_no_hub(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     predictions, references = corpus(3, rows=12)

@@ -9,6 +9,7 @@ from mmft.evaluation.metrics.base import RowMetric
 from mmft.evaluation.metrics.bleu import Bleu
 from mmft.evaluation.metrics.cider import Cider
 from mmft.evaluation.metrics.exact_match import ExactMatch
+from mmft.evaluation.metrics.meteor import Meteor
 from mmft.evaluation.metrics.rouge_l import RougeL
 from mmft.evaluation.metrics.token_f1 import TokenF1
 from mmft.evaluation.metrics.vqa_accuracy import VqaAccuracy
@@ -17,7 +18,17 @@ if TYPE_CHECKING:
     import evaluate
 
 METRICS: dict[str, RowMetric] = {
-    metric.name: metric for metric in (ExactMatch(), VqaAccuracy(), TokenF1(), Cider(), Bleu(), RougeL())
+    metric.name: metric
+    for metric in (
+        ExactMatch(),
+        VqaAccuracy(),
+        TokenF1(),
+        Cider(),
+        Bleu(),
+        *(Bleu(order) for order in (1, 2, 3)),
+        RougeL(),
+        Meteor(),
+    )
 }
 
 

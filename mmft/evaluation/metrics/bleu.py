@@ -15,12 +15,16 @@ _TINY, _SMALL = 1e-15, 1e-9
 
 
 class Bleu(RowMetric):
-    """BLEU-4; `score` also gives BLEU-1 to BLEU-3.
+    """BLEU-`order`, 4 by default; `score` of that also gives BLEU-1 to BLEU-3.
 
     A row's statistics: [answer length, closest reference length, n-grams guessed (1..4), n-grams correct (1..4)].
     """
 
     name = "bleu"
+
+    def __init__(self, order: int = ORDER) -> None:
+        self.order = order
+        self.name = "bleu" if order == ORDER else f"bleu_{order}"
 
     def rows(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
         """(N, 10) of counts."""
@@ -40,8 +44,8 @@ class Bleu(RowMetric):
         return out
 
     def finish(self, sums: np.ndarray, rows: int) -> np.ndarray:
-        """BLEU-4, shape (...), from summed counts (..., 10)."""
-        return self.orders(sums)[..., -1]
+        """BLEU of this order, shape (...), from summed counts (..., 10)."""
+        return self.orders(sums)[..., self.order - 1]
 
     def orders(self, sums: np.ndarray) -> np.ndarray:
         """BLEU-1 .. BLEU-4, (..., 4): geometric mean of the precisions times exp(1 - reference / answer) if shorter."""
@@ -52,8 +56,10 @@ class Bleu(RowMetric):
         return np.exp(logs + np.minimum(0.0, 1.0 - 1.0 / np.maximum(ratio, _TINY))[..., None])
 
     def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-        """`bleu` (which is BLEU-4) and `bleu_1` .. `bleu_4`."""
+        """`bleu` (which is BLEU-4) and `bleu_1` .. `bleu_4`; of another order, that alone."""
         stats = self.rows(predictions, references)
+        if self.order != ORDER:
+            return {self.name: self.aggregate(stats)}
         values = self.orders(stats.sum(axis=0))
         named = {f"bleu_{size}": float(value) for size, value in enumerate(values, start=1)}
         return {self.name: self.aggregate(stats), **named}

@@ -14,6 +14,7 @@ from mmft.evaluation.metrics.base import RowMetric
 from mmft.evaluation.metrics.bleu import Bleu
 from mmft.evaluation.metrics.cider import Cider
 from mmft.evaluation.metrics.exact_match import ExactMatch
+from mmft.evaluation.metrics.meteor import Meteor
 from mmft.evaluation.metrics.rouge_l import RougeL
 from mmft.evaluation.metrics.token_f1 import TokenF1
 from mmft.evaluation.metrics.vqa_accuracy import VqaAccuracy
@@ -71,6 +72,30 @@ class BleuMetric(_RowMetricModule):
     metric = Bleu()
 
 
+class Bleu1Metric(_RowMetricModule):
+    """`evaluate` face of BLEU-1."""
+
+    metric = Bleu(1)
+
+
+class Bleu2Metric(_RowMetricModule):
+    """`evaluate` face of BLEU-2."""
+
+    metric = Bleu(2)
+
+
+class Bleu3Metric(_RowMetricModule):
+    """`evaluate` face of BLEU-3."""
+
+    metric = Bleu(3)
+
+
+class MeteorMetric(_RowMetricModule):
+    """`evaluate` face of Meteor."""
+
+    metric = Meteor()
+
+
 class RougeLMetric(_RowMetricModule):
     """`evaluate` face of RougeL."""
 
@@ -79,5 +104,16 @@ class RougeLMetric(_RowMetricModule):
 
 MODULES: dict[str, type[_RowMetricModule]] = {
     module.metric.name: module
-    for module in (ExactMatchMetric, VqaAccuracyMetric, TokenF1Metric, CiderMetric, BleuMetric, RougeLMetric)
+    for module in (
+        ExactMatchMetric,
+        VqaAccuracyMetric,
+        TokenF1Metric,
+        CiderMetric,
+        BleuMetric,
+        Bleu1Metric,
+        Bleu2Metric,
+        Bleu3Metric,
+        RougeLMetric,
+        MeteorMetric,
+    )
 }
