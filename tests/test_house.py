@@ -82,11 +82,13 @@ FIELDS = {
     "objective": "name",
     "objective: sft": "label_smoothing_factor",
     "objective: contrastive": "loss captions_per_image train_logit_scale",
+    "objective: captioning": "label_smoothing_factor captions_per_image prompt",
     "train": "output_dir seed per_device_train_batch_size gradient_accumulation_steps effective_batch_size"
     " num_train_epochs max_steps learning_rate lr_scheduler_type warmup_ratio weight_decay adam_beta1 adam_beta2"
     " adam_epsilon max_grad_norm bf16 gradient_checkpointing logging_steps eval_steps save_steps save_total_limit"
     " early_stopping_patience load_best_model_at_end dataloader_num_workers report_to",
-    "evaluate": "models metrics per_device_eval_batch_size max_new_tokens num_beams group_by bootstrap_samples",
+    "evaluate": "models metrics per_device_eval_batch_size max_new_tokens num_beams top_p temperature group_by"
+    " bootstrap_samples",
     "export": "merge merge_onto dtype max_shard_size verify_rows",
 }
 """Every knob of a recipe. A new one is added here on purpose, with a test of what it does."""

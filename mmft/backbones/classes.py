@@ -101,9 +101,13 @@ def writes_text(config: Any) -> bool:
     Encoder-decoders composed of any two models (no processor class is theirs), dual encoders, language models and
     encoders may come without.
     """
-    composed = set(getattr(config, "sub_configs", None) or ()) == {"encoder", "decoder"}
     known = any(_mapped(mapping, config) is not None for mapping in GENERATING)
-    return known and not composed and bool(model_class(config).can_generate())
+    return known and not is_composed(config) and bool(model_class(config).can_generate())
+
+
+def is_composed(config: Any) -> bool:
+    """True for an encoder and a decoder that are two whole models of any type."""
+    return set(getattr(config, "sub_configs", None) or ()) == {"encoder", "decoder"}
 
 
 def default_config(model_type: str) -> Any:

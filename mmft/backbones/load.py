@@ -18,9 +18,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from mmft.backbones.classes import default_config, model_class, native_types, on_meta, writes_text
+from mmft.backbones.classes import default_config, is_composed, model_class, native_types, on_meta, writes_text
 from mmft.backbones.joint import register
 from mmft.backbones.parts import Parts, find_parts
+from mmft.backbones.processors import whole_processor
 from mmft.backbones.quantize import (
     check_quantized,
     guard_cpu,
@@ -126,7 +127,7 @@ def load_backbone(
     """
     quantization = quantization or QuantizationSection()
     target, folder = resolve_model(model.name_or_path)
-    config = _config(model, target)
+    config = read_config(model)
     cls = model_class(config, name=model.name_or_path)
     attention = _attention(model, cls)
     if folder is not None:
@@ -207,7 +208,7 @@ def meta_backbone(model: ModelSection) -> Backbone:
     """The same backbone with weights on the meta device: full size in seconds, nothing is read but the config (and
     the processor, None where it cannot be loaded)."""
     target, folder = resolve_model(model.name_or_path)
-    config = _config(model, target)
+    config = read_config(model)
     empty = on_meta(model_class(config, name=model.name_or_path), config, dtype=getattr(torch, model.dtype))
     try:
         processor = _processor_of(model, config, folder)
@@ -257,13 +258,16 @@ def _processor_of(model: ModelSection, config: Any, folder: Path | None) -> Any:
     """The processor by the rule of this module: required of models that write text about media, else optional."""
     if writes_text(config):
         return load_processor(model)
+    target, _ = resolve_model(model.name_or_path)
     try:
         found = _any_processor(model)
     except BackboneError:
         return None
     # Without any file transformers makes up a tokenizer of five special tokens.
     made_up = folder is not None and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
-    return None if hasattr(found, "pad_token_id") and made_up else found
+    if hasattr(found, "pad_token_id") and made_up:
+        return None
+    return whole_processor(found, target, revision=model.revision) if is_composed(config) else found
 
 
 def _no_processor(name: str, found: Any) -> BackboneError:
@@ -275,11 +279,12 @@ def _no_processor(name: str, found: Any) -> BackboneError:
     )
 
 
-def _config(model: ModelSection, target: str) -> Any:
+def read_config(model: ModelSection) -> Any:
     """The config. A folder whose classes live in its own code is refused: that code would have to be run."""
     from transformers import AutoConfig, PreTrainedConfig
 
     register()
+    target, _ = resolve_model(model.name_or_path)
     try:
         raw, _ = PreTrainedConfig.get_config_dict(target, revision=model.revision)
         kind = raw.get("model_type")

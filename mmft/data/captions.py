@@ -18,7 +18,7 @@ import torch
 
 from mmft.data.collate import Batch
 from mmft.data.pairs import draw_texts, open_picture
-from mmft.data.render import IGNORED, OverLength
+from mmft.data.render import IGNORED, OverLength, Rendered
 from mmft.data.sample import Sample
 from mmft.errors import BackboneError, DataError
 
@@ -81,6 +81,12 @@ def caption_shape(cls: Any, config: Any) -> CaptionShape:
         )
     bos, pad = told("bos_token_id"), told("pad_token_id")
     return CaptionShape("input_ids", bos, 0 if pad is None else pad, "decoder", accepts, longest)
+
+
+def decoder_config(config: Any) -> Any:
+    """The config of what writes the text; it has `hidden_size`, `num_hidden_layers` and `vocab_size`."""
+    inner = getattr(config, "decoder", None)
+    return config.get_text_config(decoder=True) if inner is None or isinstance(inner, dict) else inner
 
 
 class CaptionRenderer:
@@ -217,6 +223,19 @@ class CaptionRenderer:
             tokens=tokens,
             padding=targets.numel() - tokens,
         )
+
+    def render(self, sample: Sample) -> Rendered:
+        """One row to look at: the decoder's tokens, with a caption of the first epoch, and labels where it speaks."""
+        opening, caption = self._opening(), self._caption(self.chosen(sample, 0)[0])
+        media = self._media([sample])
+        if not self.shape.encoder_decoder:
+            opening, _ = self._head_of(media)
+            said = [*[IGNORED] * len(opening), *caption]
+        else:
+            said = [IGNORED, *opening[: len(self._lead)], *[IGNORED] * (len(opening) - len(self._lead)), *caption]
+            opening = [int(self.shape.start or 0), *opening]
+        ids = torch.tensor([*opening, *caption])
+        return Rendered(sample.id, ids, torch.tensor(said), media, text_tokens=len(ids), media_tokens=0)
 
     def prompts(self, samples: Sequence[Sample]) -> tuple[dict[str, torch.Tensor], list[int]]:
         """What generation starts from: the inputs, and the tokens that the answer will be preceded by."""

@@ -7,18 +7,28 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jinja2
 import torch
 from PIL import Image
 
 from mmft.data.media import open_image
-from mmft.data.render import IGNORED, Rendered, Renderer, media_token_ids
+from mmft.data.render import IGNORED, Rendered, media_token_ids
 from mmft.data.sample import Sample
 from mmft.files import write_text
 
 _SIDE = 384
+
+
+class RendersRows(Protocol):
+    """What the page asks of a renderer."""
+
+    max_image_pixels: int
+
+    def render(self, sample: Sample) -> Rendered:
+        """One row as tensors."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class Chip:
 
 
 def write_preview(
-    samples: Sequence[Sample], renderer: Renderer, processor: Any, path: str | Path, *, rows: int = 8
+    samples: Sequence[Sample], renderer: RendersRows, processor: Any, path: str | Path, *, rows: int = 8
 ) -> Path:
     """Write a self-contained HTML page of the first `rows` samples and return its path.
 
@@ -83,7 +93,7 @@ def chips(rendered: Rendered, processor: Any) -> list[Chip]:
     return found
 
 
-def _pictures(sample: Sample, rendered: Rendered, renderer: Renderer, processor: Any) -> list[Image.Image]:
+def _pictures(sample: Sample, rendered: Rendered, renderer: RendersRows, processor: Any) -> list[Image.Image]:
     """The pixels as the processor made them where they are one (3, H, W) per picture, else the RGB picture it got."""
     pixels = rendered.media.get("pixel_values")
     image_processor = getattr(processor, "image_processor", None)

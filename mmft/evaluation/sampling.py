@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from transformers import LogitsProcessor
 
+from mmft.recipe.schema import EvaluateSection
 from mmft.seeds import fold
 
 
@@ -24,6 +25,11 @@ class Sampling:
     top_p: float = 1.0
     temperature: float = 1.0
     seed: int = 0
+
+
+def sampling_of(section: EvaluateSection, seed: int) -> Sampling | None:
+    """The draws a recipe asks for; None where it does not."""
+    return None if section.top_p is None else Sampling(section.top_p, section.temperature, seed)
 
 
 def nucleus(scores: torch.Tensor, top_p: float) -> torch.Tensor:

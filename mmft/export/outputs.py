@@ -23,6 +23,10 @@ _LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 _AGREEMENT = 0.999
 
 
+COUNTED = "counted_positions"
+"""Name of a row's mask (batch, length) of the positions whose logits are compared."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Logits of two models on the same rows, over the positions that count (labels, else the attention mask)."""
@@ -117,15 +121,19 @@ def _logits(model: nn.Module, rows: Sequence[Mapping[str, torch.Tensor]]) -> Ite
     try:
         device = next(model.parameters()).device
         for row in rows:
-            inputs = {name: value.to(device) for name, value in row.items() if name != "labels"}
+            inputs = {name: value.to(device) for name, value in row.items() if name not in ("labels", COUNTED)}
             logits = model(**inputs).logits.float().cpu()
-            yield logits[_counting(row)]
+            chosen = _counting(row)
+            # A picture's states may stand before those of the tokens.
+            yield logits[:, logits.shape[1] - chosen.shape[1] :][chosen]
     finally:
         model.train(was_training)
 
 
 def _counting(row: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Which positions (batch, length) count: those that predict a supervised label, else all that are not padding."""
+    """Which positions (batch, length) count: those `COUNTED` marks, those that predict a supervised label, else all
+    that are not padding.""" if COUNTED in row:
+        return row[COUNTED]
     if "labels" in row:
         chosen = torch.zeros_like(row["labels"], dtype=torch.bool)
         chosen[:, :-1] = row["labels"][:, 1:] != -100

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from mmft.kinds.base import Kind
+from mmft.kinds.captioning import Captioning
 from mmft.kinds.chat import Chat
 from mmft.kinds.pairs import Pairs
 from mmft.recipe.schema import Recipe
 
-KINDS: tuple[Kind, ...] = (Chat(), Pairs())
+KINDS: tuple[Kind, ...] = (Chat(), Pairs(), Captioning())
 
 
 def kind_of(recipe: Recipe) -> Kind:

@@ -19,6 +19,7 @@ from mmft.data.sample import Sample
 from mmft.engine.memory import estimate_memory
 from mmft.evaluation.answers import PredictionStore
 from mmft.evaluation.generate import generate_answers
+from mmft.evaluation.sampling import sampling_of
 from mmft.evaluation.scores import score_records
 from mmft.kinds.base import Datasets, Kind, models
 from mmft.objectives.base import Objective
@@ -52,7 +53,7 @@ class Chat(Kind):
 
     objectives = ("sft",)
     formats = ("messages", "llava", "qa")
-    rows_wanted = "messages, llava or qa rows for sft; pairs (image and caption) for contrastive"
+    rows_wanted = "messages, llava or qa rows for sft; pairs (image and caption) for contrastive and captioning"
 
     def renderer(self, recipe: Recipe, processor: Any) -> RowRenderer:
         """`make_renderer`."""
@@ -158,6 +159,7 @@ def _answer_all(
                 batch_size=evaluate.per_device_eval_batch_size,
                 max_new_tokens=evaluate.max_new_tokens,
                 num_beams=evaluate.num_beams,
+                sampling=sampling_of(evaluate, run.recipe.train.seed),
                 device=next(model.parameters()).device,
                 progress=bar.update,
             )

@@ -37,7 +37,7 @@ class Pairs(Kind):
 
     objectives = ("contrastive",)
     formats = ("pairs",)
-    rows_wanted = "pairs (image and caption) for contrastive; messages, llava or qa for sft"
+    rows_wanted = "pairs (image and caption) for contrastive and captioning; messages, llava or qa for sft"
     least_rows = 2
 
     def renderer(self, recipe: Recipe, processor: Any) -> RowRenderer:

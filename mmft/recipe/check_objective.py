@@ -64,6 +64,27 @@ OBJECTIVE_RULES: tuple[Rule, ...] = (
         "choose another start",
     ),
     Rule(
+        "evaluate.top_p",
+        ("evaluate.top_p", "evaluate.num_beams"),
+        lambda r: r.evaluate.top_p is not None and r.evaluate.num_beams > 1,
+        "evaluate.top_p with evaluate.num_beams {evaluate.num_beams}: a beam does not draw",
+        "take one of them out",
+    ),
+    Rule(
+        "evaluate.temperature",
+        ("evaluate.temperature", "evaluate.top_p"),
+        lambda r: r.evaluate.top_p is None and _told(r.evaluate, "temperature"),
+        "evaluate.temperature: nothing is drawn, so it does nothing",
+        "set evaluate.top_p (1.0 draws from all tokens), or take it out",
+    ),
+    Rule(
+        "adapter.method",
+        ("adapter.method", "objective.name"),
+        lambda r: r.objective.name == "captioning" and r.adapter.method in ("prompt", "prefix"),
+        "adapter.method: {adapter.method} has no place in a captioner: its decoder is not a language model's",
+        "choose lora or another method that changes layers",
+    ),
+    Rule(
         "adapter.method",
         ("adapter.method", "objective.name"),
         lambda r: _paired(r) and r.adapter.method in ("prompt", "prefix"),

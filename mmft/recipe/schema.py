@@ -231,17 +231,33 @@ class EvaluateSection(Section):
 
     models: tuple[Literal["base", "adapter", "merged"], ...] = ("base", "adapter", "merged")
     """Which models answer the evaluation rows."""
-    metrics: tuple[Literal["exact_match", "vqa_accuracy", "token_f1", "cider", "bleu", "rouge_l"], ...] = (
-        "exact_match",
-        "token_f1",
-    )
-    """The first one is the headline."""
+    metrics: tuple[
+        Literal[
+            "exact_match",
+            "vqa_accuracy",
+            "token_f1",
+            "cider",
+            "bleu",
+            "bleu_1",
+            "bleu_2",
+            "bleu_3",
+            "rouge_l",
+            "meteor",
+        ],
+        ...,
+    ] = ("exact_match", "token_f1")
+    """The first one is the headline; captions are scored by CIDEr, BLEU-1 to 4, ROUGE-L and METEOR if none is named."""
     per_device_eval_batch_size: Positive = 16
     """Rows generated at once."""
     max_new_tokens: Positive = 64
     """Longest answer."""
     num_beams: Positive = 1
     """1 is greedy."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Draw from the most probable tokens that hold this share together (nucleus sampling), by the run's seed; without
+    it the search is greedy or a beam."""
+    temperature: Rate = 1.0
+    """Scores are divided by it before they are drawn from (with `top_p`)."""
     group_by: tuple[str, ...] = ()
     """Tags of the rows by which the scores are split, for example `type`."""
     bootstrap_samples: Positive = 1000

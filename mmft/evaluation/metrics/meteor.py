@@ -1,8 +1,8 @@
 """METEOR 1.5 (Denkowski and Lavie 2014) by its own Java program, the one that the COCO tools run.
 
-The program matches an answer with each reference (exact words, stems, synonyms, paraphrases) and gives 23 counts for the
-best one; the score is a formula over sums of them, so that a bootstrap needs no further match. It needs `java` and the
-package pycocoevalcap, in which the program and its English paraphrase table lie; `why_not` says what is missing.
+The program matches an answer with each reference (exact words, stems, synonyms, paraphrases) and gives 23 counts for
+the best one; the score is a formula over sums of them, so that a bootstrap needs no further match. It needs `java` and
+the package pycocoevalcap, in which the program and its English paraphrase table lie; `why_not` says what is missing.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class _Program:
 
 
 class Meteor(RowMetric):
-    """`F (1 - 0.6 f^0.2)` over summed counts: F the weighted harmonic mean of precision and recall (recall counts 0.85),
-    f the chunks per matched word; function words weigh 0.25, content words 0.75."""
+    """`F (1 - 0.6 f^0.2)` over summed counts: F the weighted harmonic mean of precision and recall (recall counts
+    0.85), f the chunks per matched word; function words weigh 0.25, content words 0.75."""
 
     name = "meteor"
 

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 from typing import Literal
 
+from mmft.recipe.objective.captioning import CaptioningFields
 from mmft.recipe.objective.contrastive import ContrastiveFields
+from mmft.recipe.objective.pairs import PairFields
 from mmft.recipe.objective.sft import SmoothingFields
 from mmft.recipe.section import Section
 
 READS: dict[str, tuple[type[Section], ...]] = {
     "sft": (SmoothingFields,),
-    "contrastive": (ContrastiveFields,),
+    "contrastive": (PairFields, ContrastiveFields),
+    "captioning": (SmoothingFields, PairFields, CaptioningFields),
 }
 """Objective -> the groups of fields it reads."""
 
 
-class ObjectiveSection(SmoothingFields, ContrastiveFields):
+class ObjectiveSection(SmoothingFields, PairFields, ContrastiveFields, CaptioningFields):
     """What is minimised."""
 
-    name: Literal["sft", "contrastive"] = "sft"
-    """`sft`: cross-entropy of the answers' tokens; `contrastive`: pictures and texts of a dual encoder."""
+    name: Literal["sft", "contrastive", "captioning"] = "sft"
+    """`sft`: cross-entropy of the answers' tokens; `contrastive`: pictures and texts of a dual encoder; `captioning`:
+    cross-entropy of the captions of an encoder-decoder, or of a decoder that sees the picture."""
 
 
 def readers(field: str) -> list[str]:

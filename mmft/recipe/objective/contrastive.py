@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mmft.recipe.section import Count, Section
+from mmft.recipe.section import Section
 
 
 class ContrastiveFields(Section):
@@ -12,7 +12,5 @@ class ContrastiveFields(Section):
 
     loss: Literal["infonce", "sigmoid"] = "infonce"
     """CLIP's loss, or SigLIP's."""
-    captions_per_image: Count = 0
-    """Texts of a picture in a step, drawn by the seed; 0: all of them."""
     train_logit_scale: bool = True
     """Train the scale and bias of the similarities too."""
