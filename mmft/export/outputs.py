@@ -132,7 +132,8 @@ def _logits(model: nn.Module, rows: Sequence[Mapping[str, torch.Tensor]]) -> Ite
 
 def _counting(row: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Which positions (batch, length) count: those `COUNTED` marks, those that predict a supervised label, else all
-    that are not padding.""" if COUNTED in row:
+    that are not padding."""
+    if COUNTED in row:
         return row[COUNTED]
     if "labels" in row:
         chosen = torch.zeros_like(row["labels"], dtype=torch.bool)

@@ -51,7 +51,7 @@ class CaptioningObjective:
     can be found: the logits of all positions are then computed, and the supervised ones kept."""
 
     name = "captioning"
-    logs = ("correct",)
+    metrics = {"token_accuracy": ("correct", "count")}
 
     def __init__(self, *, head: nn.Module | None, shape: CaptionShape, label_smoothing: float = 0.0) -> None:
         self.head = head
