@@ -17,9 +17,11 @@ from typing import Any, Literal
 import torch
 
 from mmft.data.collate import Batch
-from mmft.data.pairs import draw_texts, open_picture
+from mmft.data.media import open_image
+from mmft.data.pairs import draw_texts, open_medium
 from mmft.data.render import IGNORED, OverLength, Rendered
-from mmft.data.sample import Sample
+from mmft.data.sample import MediaRef, Sample
+from mmft.data.sounds import open_audio
 from mmft.errors import BackboneError, DataError
 
 DECODER_IDS = "decoder_input_ids"
@@ -295,14 +297,14 @@ class CaptionRenderer:
 
     def _media(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         """What the processor makes of the rows' pictures (or sound), with the prompt where it reads it."""
-        opened = [open_picture(sample, max_image_pixels=self.max_image_pixels) for sample in samples]
+        opened = [open_medium(sample, self._opened) for sample in samples]
         try:
             found = self._processed(opened)
         except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
             raise DataError(
-                f"the image processor refused the rows: {type(error).__name__}: {error}",
+                f"the processor refused the rows: {type(error).__name__}: {error}",
                 where=", ".join(itertools.islice((sample.where or sample.id for sample in samples), 5)),
-                do="look at the pictures' sizes",
+                do="look at the sizes of the pictures or the lengths of the sounds",
             ) from error
         # A composed model hands on to its encoder what it does not know itself.
         passes_on = self.shape.encoder_decoder and "kwargs" in self.shape.accepts
@@ -312,7 +314,25 @@ class CaptionRenderer:
             if isinstance(value, torch.Tensor) and (name in self.shape.accepts or passes_on)
         }
 
+    def _opened(self, ref: MediaRef) -> Any:
+        """An image, or mono samples at the feature extractor's rate."""
+        wanted = "image" if self.image_processor is not None else "audio"
+        if ref.kind != wanted:
+            raise DataError(
+                f"the row has a medium of kind {ref.kind}, and the model reads {wanted}",
+                allowed=f"rows with {'an' if wanted == 'image' else 'a sound in'} `{wanted}`",
+                do="take the row out, or choose another model",
+            )
+        if wanted == "image":
+            return open_image(ref, max_pixels=self.max_image_pixels)
+        return open_audio(ref, sampling_rate=int(self.feature_extractor.sampling_rate))
+
     def _processed(self, pictures: list[Any]) -> Mapping[str, Any]:
+        if self.image_processor is None:
+            # Whisper's window has one length; others are padded to the longest sound.
+            padding = "max_length" if hasattr(self.feature_extractor, "n_samples") else True
+            rate = int(self.feature_extractor.sampling_rate)
+            return self.feature_extractor(pictures, sampling_rate=rate, padding=padding, return_tensors="pt")
         if self._header:
             return self.image_processor(pictures, header_text=[self.prompt] * len(pictures), return_tensors="pt")
         if self.shape.encoder_decoder and self.shape.prompt == "decoder":

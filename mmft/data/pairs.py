@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -157,9 +157,13 @@ def draw_texts(sample: Sample, count: int, *, seed: int, epoch: int) -> list[str
 
 def open_picture(sample: Sample, *, max_image_pixels: int) -> Any:
     """The picture of a pair; its errors name the row."""
-    ref: MediaRef = sample.media[0]
+    return open_medium(sample, lambda ref: open_image(ref, max_pixels=max_image_pixels))
+
+
+def open_medium(sample: Sample, opened: Callable[[MediaRef], Any]) -> Any:
+    """The medium of a pair, opened by `opened`; its errors name the row."""
     try:
-        return open_image(ref, max_pixels=max_image_pixels)
+        return opened(sample.media[0])
     except MmftError as error:
         row = f"{sample.where or sample.source} (id {sample.id})"
         problems = [

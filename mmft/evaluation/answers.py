@@ -76,7 +76,9 @@ class PredictionStore:
             "question": sample.question.strip(),
             "references": list(sample.references),
             "tags": dict(sample.tags),
-            "images": [image for ref in sample.media if (image := _image_path(ref, folder)) is not None],
+            "images": [
+                image for ref in sample.media if ref.kind == "image" and (image := _image_path(ref, folder)) is not None
+            ],
             "answers": {},
         }
         self._places[(name, sample.id)] = len(self.records)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import wave
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from tokenizers.processors import TemplateProcessing
@@ -18,6 +20,7 @@ from tests.families.kinds_a import blip_2 as tiny_blip_2
 from tests.families.kinds_a2 import florence2 as tiny_florence2
 from tests.families.kinds_a2 import git as tiny_git
 from tests.families.kinds_b2 import pix2struct as tiny_pix2struct
+from tests.families.kinds_c import _wav2vec2_config as tiny_wav2vec2
 from tests.families.shrink import VOCABULARY, shrink
 from tests.objectives.pairs import pair_rows
 from tests.runs import workshop
@@ -118,6 +121,25 @@ def _pix2struct() -> tuple[Any, Any]:
     return transformers.Pix2StructForConditionalGeneration(config), wrapped
 
 
+def _whisper() -> tuple[Any, Any]:
+    config = shrink("whisper", max_source_positions=16, max_target_positions=32, decoder_start_token_id=1, **IDS)
+    config.num_mel_bins = 16
+    heard = transformers.WhisperFeatureExtractor(feature_size=16, hop_length=500, chunk_length=1, n_fft=1000)
+    wrapped = transformers.WhisperProcessor(heard, tokenizer())
+    return transformers.WhisperForConditionalGeneration(config), wrapped
+
+
+def _speech() -> tuple[Any, Any]:
+    heard_by = tiny_wav2vec2(32)
+    heard_by.feat_extract_norm = "layer"  # the norm over time of the other kind takes the padding in
+    config = transformers.SpeechEncoderDecoderConfig.from_encoder_decoder_configs(
+        heard_by, _decoder("bert"), decoder_start_token_id=1, pad_token_id=0, eos_token_id=2
+    )
+    heard = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    wrapped = transformers.Wav2Vec2Processor(heard, tokenizer(framed=True))
+    return transformers.SpeechEncoderDecoderModel(config), wrapped
+
+
 _MAKERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     **{kind: functools.partial(_composed, kind) for kind in COMPOSED},
     "git": _git,
@@ -125,7 +147,10 @@ _MAKERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     "blip-2": _blip_2,
     "florence2": _florence2,
     "pix2struct": _pix2struct,
+    "whisper": _whisper,
+    "speech": _speech,
 }
+SOUNDS = ("whisper", "speech")
 
 
 def tiny_captioner(kind: str) -> tuple[Any, Any]:
@@ -154,15 +179,29 @@ def renderer_of(model: Any, processor: Any, **options: Any) -> CaptionRenderer:
     return CaptionRenderer(processor, shape, **{"max_length": 64, "captions": 1, **options})
 
 
-def samples(count: int = 4) -> list[Sample]:
+@functools.cache
+def sound_folder() -> Path:
+    """Eight tones of different heights and lengths as WAV files."""
+    folder = workshop() / "tones"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(8):
+        steps = np.arange(6000 + 800 * number)
+        wave_form = (12000 * np.sin(steps * (0.02 + 0.05 * number))).astype("<i2")
+        with wave.open(str(folder / f"{number}.wav"), "wb") as out:
+            out.setparams((1, 2, 16000, 0, "NONE", ""))
+            out.writeframes(wave_form.tobytes())
+    return folder
+
+
+def samples(count: int = 4, *, sound: bool = False) -> list[Sample]:
     """Pairs with captions of different lengths."""
-    root = pair_rows(8).parent
+    root = sound_folder() if sound else pair_rows(8).parent
     words = ("red", "a green square", "blue blue blue", "white and more", "x", "yes", "black", "z z")
     return [
         Sample(
             id=f"s{number}",
             turns=(),
-            media=(MediaRef(path=f"{number}.png", root=root),),
+            media=(MediaRef("audio", f"{number}.wav", root) if sound else MediaRef(path=f"{number}.png", root=root),),
             answers=(words[number % 8], f"one {words[number % 8]} thing"),
             source="small",
             where=f"rows.jsonl:{number + 1}",

@@ -10,15 +10,19 @@ import torch
 from mmft.backbones.roots import head_of
 from mmft.data.render import IGNORED
 from mmft.objectives.captioning import CaptioningObjective
-from tests.objectives.captioners import PICTURES, renderer_of, samples, tiny_captioner
+from tests.objectives.captioners import PICTURES, SOUNDS, renderer_of, samples, tiny_captioner
 
 CLOSE = 1e-5
-KINDS = (*PICTURES, "blip-2")
+KINDS = (*PICTURES, "blip-2", *SOUNDS)
+
+
+def _rows(renderer, count=4):
+    return samples(count, sound=renderer.image_processor is None)
 
 
 def _batch(model, processor, *, prompt="", count=4, **options):
     renderer = renderer_of(model, processor, prompt=prompt, **options)
-    return renderer, renderer.assemble([(sample, 0) for sample in samples(count)])
+    return renderer, renderer.assemble([(sample, 0) for sample in _rows(renderer, count)])
 
 
 def _own_loss(model, batch, renderer):
@@ -91,7 +95,7 @@ def test_padding_and_the_other_rows_change_nothing(kind):
     model, processor = tiny_captioner(kind)
     renderer = renderer_of(model, processor)
     objective = CaptioningObjective(head=head_of(model), shape=renderer.shape)
-    rows = [(sample, 0) for sample in samples(4)]
+    rows = [(sample, 0) for sample in _rows(renderer)]
     whole = objective.loss(model, renderer.assemble(rows))
     single = [objective.loss(model, renderer.assemble([row])) for row in rows]
     assert whole.count == sum(one.count for one in single)
@@ -103,7 +107,9 @@ def test_the_loss_depends_on_the_picture(kind):
     model, processor = tiny_captioner(kind)
     renderer, batch = _batch(model, processor)
     objective = CaptioningObjective(head=head_of(model), shape=renderer.shape)
-    name = next(name for name in ("pixel_values", "flattened_patches") if name in batch.inputs)
+    name = next(
+        name for name in ("pixel_values", "flattened_patches", "input_values", "input_features") if name in batch.inputs
+    )
     before = objective.loss(model, batch).sum.item()
     batch.inputs[name] = batch.inputs[name].flip(0)
     assert abs(objective.loss(model, batch).sum.item() - before) > 1e-6

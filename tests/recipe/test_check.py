@@ -176,6 +176,18 @@ CASES = [
         "evaluate: {models: [adapter]}\n",
         "adapter.method: prompt puts vectors before a language model's text",
     ),
+    ("objective: {prompt: it is}\n", "objective.prompt: sft does not read it"),
+    (
+        "objective: {name: captioning, loss: sigmoid}\n",
+        "objective.loss: captioning does not read it",
+    ),
+    (
+        "objective: {name: captioning}\nadapter: {method: prefix}\nexport: {merge: false}\n"
+        "evaluate: {models: [adapter]}\n",
+        "adapter.method: prefix has no place in a captioner",
+    ),
+    ("evaluate: {top_p: 0.9, num_beams: 2}\n", "evaluate.top_p with evaluate.num_beams 2: a beam does not draw"),
+    ("evaluate: {temperature: 0.5}\n", "evaluate.temperature: nothing is drawn, so it does nothing"),
 ]
 
 

@@ -30,7 +30,8 @@ HEAD = "model: shipped:nano-vlm\ndata: rows.jsonl\n"
         (
             HEAD + "evaluate:\n  metrics: [exact_match, blue]\n",
             "RecipeError: evaluate.metrics.1: 'blue' is not allowed\n  at      r.yaml:4\n"
-            "  allowed exact_match, vqa_accuracy, token_f1, cider, bleu, rouge_l   (nearest: 'bleu')\n"
+            "  allowed exact_match, vqa_accuracy, token_f1, cider, bleu, bleu_1, bleu_2, bleu_3, rouge_l, meteor"
+            "   (nearest: 'bleu')\n"
             "  do      write bleu",
         ),
         (
