@@ -15,17 +15,19 @@ from typing import Any
 
 import torch
 
-from mmft.backbones.load import load_backbone
-from mmft.data.table_rows import class_labels, open_row
-from mmft.data.tables import Columns, infer_columns, is_missing, load_table
+from mmft.backbones.load import Backbone, load_backbone
+from mmft.data.sample import Sample
+from mmft.data.table_rows import label_of, open_sample, sample_classes, table_samples
+from mmft.data.tables import Columns, as_float, infer_columns, load_table
 from mmft.engine.optim import lr_scale
-from mmft.errors import DataError, NonFiniteError, RecipeError, choices
+from mmft.errors import BackboneError, DataError, NonFiniteError, RecipeError, choices
 from mmft.evaluation.metrics.classification import classify
 from mmft.evaluation.metrics.classification_intervals import ClassInterval, class_interval
 from mmft.evaluation.metrics.classification_ranks import measure
 from mmft.files import read_json_file, write_json
 from mmft.fusion import FusionConfig, FusionModel, FusionProcessor, TableSchema
 from mmft.fusion.heads import balanced_weights, decide, probabilities
+from mmft.journal import Journal
 from mmft.recipe.schema import ModelSection
 from mmft.seeds import fold, generator
 
@@ -36,6 +38,13 @@ _METRICS = {
     "regression": ("mae", "rmse", "r2"),
 }
 _FILE = "fitted.json"
+ENCODERS = {
+    "text": "shipped:minilm",
+    "image": "shipped:efficientnet-lite0",
+    "video": "shipped:efficientnet-lite0",
+    "audio": "shipped:whisper-tiny-5s",
+}
+"""Encoders of the kinds for which none is given; they come inside pip packages."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,8 @@ class Fitted:
 
     def predict(self, source: Any) -> list[dict[str, Any]]:
         """Per row `{"prediction": class or number, "probabilities": {class: p}}` (the latter not for regression). The
-        label column is not needed."""
-        outputs = self._outputs(load_table(source))
+        label column is not needed. Raises DataError for a column that is gone and for a bad cell, with its row."""
+        outputs = self._outputs(self._samples(source, labelled=False))
         config = self.model.config
         chosen, chances = decide(config, outputs), probabilities(config, outputs)
         if config.task == "regression":
@@ -66,14 +75,14 @@ class Fitted:
 
     def evaluate(self, source: Any, *, resamples: int = 1000, seed: int = 0) -> dict[str, ClassInterval]:
         """Metrics of the task with 95 % intervals over rows. Raises DataError for empty and unknown labels."""
-        rows = load_table(source)
+        rows = self._samples(source, labelled=True)
         config = self.model.config
         if config.task == "regression":
-            truth = _targets(rows, self.columns)
+            truth = _targets(rows)
             found = measure(decide(config, self._outputs(rows))[:, 0].tolist(), truth)
             answers = dict.fromkeys(_METRICS["regression"], found)
         else:
-            _, numbers = class_labels(rows, self.columns.label, classes=self.classes, training=False)
+            _, numbers = sample_classes(rows, classes=self.classes, training=False)
             outputs = self._outputs(rows)
             chances = probabilities(config, outputs.double()).numpy()
             found = classify(chances, numbers, classes=len(self.classes))
@@ -104,13 +113,15 @@ class Fitted:
             model.eval(), processor, Columns(**held["columns"], modalities=modalities), tuple(held["classes"]), root
         )
 
-    def _outputs(self, rows: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+    def _samples(self, source: Any, *, labelled: bool) -> list[Sample]:
+        return table_samples(source, self.columns, root=self.root, labelled=labelled)
+
+    def _outputs(self, rows: Sequence[Sample]) -> torch.Tensor:
         self.model.eval()
         parts = []
         with torch.no_grad():
             for start in range(0, len(rows), self.batch_size):
-                numbered = list(enumerate(rows))[start : start + self.batch_size]
-                batch = _batch(self.processor, self.columns, numbered, root=self.root)
+                batch = _batch(self.processor, rows[start : start + self.batch_size])
                 parts.append(self.model(**batch).logits)
         return torch.cat(parts)
 
@@ -131,27 +142,32 @@ def fit(
     encoder_learning_rate: float | None = None,
     seed: int = 0,
     fusion: FusionConfig | None = None,
+    quiet: bool = False,
 ) -> Fitted:
-    """Train a fusion model on a table (`data.tables.load_table`) and give it back with its processor.
+    """Train a fusion model on a table (`data.tables.load_table`) and give it back with its processor; the columns, as
+    given and as inferred, are printed unless `quiet`.
 
-    columns: kinds that are not to be inferred; encoders: kind -> model folder or hub id, one for each kind of column
-    that is not tabular; classes: the declared set, in order for ordinal; balanced: class weights N / (C n_c); root:
-    folder of media paths; encoder_learning_rate: None keeps the encoders frozen; fusion: strategy, sizes, dropouts.
+    columns: kinds that are not to be inferred; encoders: kind -> model folder or hub id, `ENCODERS` where a kind has
+    none; classes: the declared set, in order for ordinal; balanced: class weights N / (C n_c); root: folder of media
+    paths (a file's own, else the working folder); encoder_learning_rate: None keeps the encoders frozen; fusion:
+    strategy, sizes, dropouts.
     Raises RecipeError for an unknown task or a missing encoder, DataError for bad rows and labels, NonFiniteError.
     """
     if task not in TASKS:
         raise RecipeError(f"'{task}' is no task", allowed=choices(TASKS, word=task), do="use one of these")
-    rows = load_table(source)
-    found = infer_columns(rows, label=label, declared=columns)
+    table = load_table(source)
+    found = infer_columns(table, label=label, declared=columns)
+    Journal(None, quiet=quiet).say(found.table())
+    rows = table_samples(source if isinstance(source, str | Path) else table, found, root=root)
     config = copy.deepcopy(fusion) if fusion is not None else FusionConfig()
     config.task = task
     if task == "regression":
         names: tuple[str, ...] = ()
-        labels = torch.tensor(_targets(rows, found), dtype=torch.float32).unsqueeze(1)
+        labels = torch.tensor(_targets(rows), dtype=torch.float32).unsqueeze(1)
         config.id2label = {0: label}
         config.target_mean, config.target_std = [labels.mean().item()], [labels.std(correction=0).item() or 1.0]
     else:
-        names, numbers = class_labels(rows, label, classes=classes)
+        names, numbers = sample_classes(rows, classes=classes)
         labels = torch.tensor(numbers)
         config.id2label = dict(enumerate(names))
         config.class_weights = balanced_weights(labels.bincount(minlength=len(names)).tolist()) if balanced else None
@@ -173,7 +189,7 @@ def fit(
 
 
 def _build(
-    config: FusionConfig, rows: list[dict[str, Any]], columns: Columns, *, encoders: Mapping[str, str]
+    config: FusionConfig, rows: list[Sample], columns: Columns, *, encoders: Mapping[str, str]
 ) -> tuple[FusionModel, FusionProcessor]:
     """One encoder per modality: two text columns have one each, both starting from the same weights."""
     loaded, parts = {}, {}
@@ -181,36 +197,49 @@ def _build(
         kind = columns.kinds[names[0]]
         if kind in ("numeric", "categorical"):
             continue
-        if kind not in encoders:
-            raise RecipeError(
-                f"the column '{names[0]}' holds {kind} and no encoder is given for that",
-                where=f"encoders[{kind!r}]",
-                allowed="a model folder or a hub id",
-                do=f"pass encoders={{{kind!r}: ...}}, or declare the column 'ignored'",
-            )
-        backbone = load_backbone(ModelSection(name_or_path=encoders[kind], dtype="float32"))
+        backbone = _encoder(kind, encoders, names[0])
         part = backbone.processor
-        for inner in {"text": ("tokenizer",), "image": ("image_processor",), "audio": ("feature_extractor",)}[kind]:
+        for inner in _PARTS[kind]:
             part = getattr(part, inner, part)
         loaded[modality], parts[modality] = (kind, backbone.model), (kind, part)
     numeric, categorical = columns.of_kind("numeric"), columns.of_kind("categorical")
     schema = None
     if numeric or categorical:
-        opened = [open_row(row, _only_table(columns), where=f"row {at}")["table"] or {} for at, row in enumerate(rows)]
+        opened = [{name: row.cells[name].value for name in (*numeric, *categorical)} for row in rows]
         schema = TableSchema.fit(opened, numeric=numeric, categorical=categorical)
         config.table = schema.as_config()
     model = FusionModel.from_encoders(config, loaded)
     return model, FusionProcessor(parts, schema)
 
 
-def _only_table(columns: Columns) -> Columns:
-    held = {name: names for name, names in columns.modalities.items() if name == "table"}
-    return Columns(columns.kinds, columns.reasons, held, columns.label)
+_PARTS = {
+    "text": ("tokenizer",),
+    "image": ("image_processor",),
+    "video": ("image_processor",),
+    "audio": ("feature_extractor",),
+}
+
+
+def _encoder(kind: str, encoders: Mapping[str, str], column: str) -> Backbone:
+    """The encoder given for a kind of column, else the shipped one."""
+    name = encoders.get(kind, ENCODERS[kind])
+    try:
+        return load_backbone(ModelSection(name_or_path=name, dtype="float32"))
+    except BackboneError as error:
+        if kind in encoders:
+            raise
+        raise RecipeError(
+            f"the column '{column}' holds {kind}, no encoder is given for that, and {name} cannot be loaded: "
+            f"{error.problems[0].what}",
+            where=f"encoders[{kind!r}]",
+            allowed="a model folder or a hub id",
+            do=f"pass encoders={{{kind!r}: ...}}, or declare the column 'ignored'",
+        ) from error
 
 
 def _train(
     fitted: Fitted,
-    rows: list[dict[str, Any]],
+    rows: list[Sample],
     labels: torch.Tensor,
     *,
     epochs: int,
@@ -240,8 +269,7 @@ def _train(
             step, chosen_rows = len(losses), order[start : start + fitted.batch_size]
             torch.manual_seed(fold(seed, "fit", "step", step))
             model.train()
-            numbered = [(at, rows[at]) for at in chosen_rows]
-            batch = _batch(fitted.processor, fitted.columns, numbered, root=fitted.root)
+            batch = _batch(fitted.processor, [rows[at] for at in chosen_rows])
             out = model(**batch, labels=labels[chosen_rows])
             loss = out.loss_sum / max(int(out.loss_count), 1)
             if not torch.isfinite(loss):
@@ -257,29 +285,17 @@ def _train(
     return losses
 
 
-def _batch(
-    processor: FusionProcessor,
-    columns: Columns,
-    rows: Sequence[tuple[int, Mapping[str, Any]]],
-    *,
-    root: Path | None,
-) -> dict[str, Any]:
+def _batch(processor: FusionProcessor, rows: Sequence[Sample]) -> dict[str, Any]:
     rates = {int(part.sampling_rate) for kind, part in processor.parts.values() if kind == "audio"}
     rate = rates.pop() if rates else 16000
-    return processor([open_row(row, columns, where=f"row {at}", root=root, sampling_rate=rate) for at, row in rows])
+    return processor([open_sample(row, sampling_rate=rate, frames=processor.max_frames) for row in rows])
 
 
-def _targets(rows: Sequence[Mapping[str, Any]], columns: Columns) -> list[float]:
+def _targets(rows: Sequence[Sample]) -> list[float]:
     out = []
-    for index, row in enumerate(rows):
-        cell = row.get(columns.label)
-        try:
-            number = float("nan") if is_missing(cell) else float(cell)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            number = float("nan")
-        if not math.isfinite(number):
-            raise DataError(
-                f"the label {cell!r} is no finite number", where=f"row {index}, column {columns.label}", do="mend it"
-            )
+    for row in rows:
+        number = as_float(label_of(row))
+        if number is None or not math.isfinite(number):
+            raise DataError(f"the label {label_of(row)!r} is no finite number", where=row.where, do="mend it")
         out.append(number)
     return out

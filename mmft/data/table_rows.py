@@ -92,8 +92,9 @@ def table_samples(
                 allowed=choices(there, word=column),
                 do="name it as in training; leave its cells empty where there is none",
             )
-    if root is None:
-        root = Path(source).parent if isinstance(source, str | Path) else Path.cwd()
+    if root is None and isinstance(source, str | Path):
+        root = Path(source) if Path(source).is_dir() else Path(source).parent
+    root = root or Path.cwd()
     context = RowContext(name=name, root=root, columns=columns.kinds, system=None)
     return [parse_table(row, f"row {at}", at, context) for at, row in enumerate(rows)]
 

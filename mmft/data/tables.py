@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from mmft.data.layouts import open_source
 from mmft.data.media import kind_of_bytes, kind_of_name
-from mmft.data.readers import read_rows
 from mmft.errors import DataError, choices
 
 KINDS = ("text", "image", "audio", "video", "numeric", "categorical", "label", "id", "ignored")
@@ -49,12 +49,12 @@ class Columns:
 
 
 def load_table(source: Any) -> list[dict[str, Any]]:
-    """Rows of a file (by its ending), a DataFrame or a sequence of dicts. Raises DataError for anything else, a broken
-    line, or no rows."""
+    """Rows of a file or folder (`layouts.open_source`), a DataFrame or a sequence of dicts. Raises DataError for
+    anything else, a broken line, or no rows."""
     rows: list[Any]
     if isinstance(source, str | Path):
         rows = []
-        for _, row in read_rows(Path(source)):
+        for _, row in open_source(Path(source)).rows:
             if isinstance(row, DataError):
                 raise row
             rows.append(row)
@@ -66,7 +66,7 @@ def load_table(source: Any) -> list[dict[str, Any]]:
         raise DataError(
             "no table" if rows else "a table without rows",
             where=str(source) if isinstance(source, str | Path) else type(source).__name__,
-            allowed="a .csv, .parquet or .jsonl file, a pandas DataFrame, a list of dicts",
+            allowed="a .csv, .parquet or .jsonl file, a folder, a pandas DataFrame, a list of dicts",
             do="give a table with at least one row",
         )
     return [dict(row) for row in rows]

@@ -11,6 +11,7 @@ import torch
 import transformers
 from PIL import Image
 
+from mmft import fitting
 from mmft.errors import DataError, RecipeError
 from mmft.fitting import Fitted, fit
 from mmft.fusion import FusionConfig
@@ -91,6 +92,21 @@ def test_text_picture_and_table(folder, tmp_path):
         fitted.evaluate(test.assign(y="maybe"))
 
 
+def test_the_columns_are_printed(folder, capsys):
+    options = {"label": "y", "encoders": {"text": str(folder / "bert"), "image": str(folder / "vit")}, "epochs": 1}
+    fitted = fit(frame(12, 0), root=folder, fusion=FusionConfig(**SMALL), **options)
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[1] == "photo  image        12 paths of image files" and printed[4] == "y      label        declared"
+    frame(12, 0).to_csv(folder / "rows.csv", index=False)  # paths of a file are relative to it
+    assert (
+        len(fit(folder / "rows.csv", quiet=True, fusion=FusionConfig(**SMALL), **options).predict(folder / "rows.csv"))
+        == 12
+    )
+    assert "paths of image files" not in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"no column 'photo' \(image\)"):
+        fitted.predict(frame(12, 0).drop(columns="photo"))
+
+
 def test_the_same_seed_gives_the_same_model_and_frozen_encoders_stay(folder):
     options = {
         "label": "y",
@@ -114,7 +130,7 @@ def test_a_table_alone_ordinal_and_regression():
     assert found["r2"].value > 0.95
     assert found["rmse"].value < 3  # in the target's own unit; its spread is 11.5
     assert abs(fitted.predict([{"x": 1.0, "z": 0.0}])[0]["prediction"] - 110) < 4
-    with pytest.raises(DataError, match="label nan is no finite number[\\s\\S]*row 2"):
+    with pytest.raises(DataError, match="the label is empty[\\s\\S]*row 2"):
         fit(data.assign(y=[1.0, 2.0, math.nan] + [0.0] * 197), label="y", task="regression")
 
     grades = np.array(["low", "middle", "high"])[np.digitize(x, [-0.7, 0.7])]
@@ -141,12 +157,16 @@ def test_a_table_alone_ordinal_and_regression():
     )
 
 
-def test_bad_fits_are_named(folder):
-    with pytest.raises(RecipeError, match="the column 'note' holds text and no encoder[\\s\\S]*encoders=\\{'text'"):
-        fit(frame(20, 0), label="y", columns={"note": "text"}, root=folder)
+def test_bad_fits_are_named(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(fitting.ENCODERS, "text", "shipped:gone")
+        with pytest.raises(RecipeError, match="'note' holds text, no encoder is given[\\s\\S]*encoders=\\{'text'"):
+            fit(frame(20, 0), label="y", columns={"note": "text"}, root=folder)
+    with pytest.raises(DataError, match="no column 'photo'"):
+        fit(frame(20, 0).drop(columns="photo"), label="y", columns={"photo": "image"}, root=folder)
     with pytest.raises(RecipeError, match="nearest: 'regression'"):
         fit(frame(20, 0), label="y", task="regresion")
     with pytest.raises(DataError, match=r"class\(es\) maybe never occur in training"):
-        fit(frame(20, 0), label="y", classes=["yes", "no", "maybe"])
+        fit(frame(20, 0), label="y", classes=["yes", "no", "maybe"], root=folder)
     with pytest.raises(DataError, match="the label is empty[\\s\\S]*row 0"):
-        fit(frame(20, 0).assign(y=None), label="y")
+        fit(frame(20, 0).assign(y=None), label="y", root=folder)
