@@ -85,6 +85,7 @@ def load_datasets(recipe: Recipe, processor: Any, journal: Journal) -> Datasets:
         name = source_name(source)
         evals.setdefault(name, []).extend(fitting(_rows(recipe, [one]), renderer, journal, name=name))
     for one in loaded:
+        journal.say(one.told())
         _tell_bad(one, journal)
     if isinstance(renderer, Renderer):
         _warn_unstopped(train, renderer, journal)
