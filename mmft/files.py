@@ -1,4 +1,4 @@
-"""Files that are complete or absent: atomic writes, sha256 manifests, contained paths, free space, the run lock.
+"""Files that are complete or absent: atomic writes, manifests of digests, contained paths, free space, the run lock.
 
 Modes follow the umask (safetensors, for one, writes 0600). Disk errors leave as `CheckpointError`, with bytes.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import itertools
 import json
 import os
@@ -19,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmft.digests import DIGESTS, digest_file, sha256_bytes, sha256_file
 from mmft.errors import CheckpointError, Problem
 from mmft.lock import alive, run_lock
 from mmft.paths import contained
@@ -46,28 +46,13 @@ __all__ = [
 ]
 
 MANIFEST = "MANIFEST.json"
-_CHUNK = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _TEMPORARY = re.compile(r"^\.(?P<name>.+)\.(?P<pid>\d+)(?P<extra>-\d+|\.old)?\.tmp$", re.DOTALL)
 _counter = itertools.count()
 _open_here: set[str] = set()  # temporary folders of this process: that its own pid is alive says nothing about them
 
 
-# ---------------------------------------------------------------- hashes and small writes
-
-
-def sha256_bytes(data: bytes) -> str:
-    """Hex sha256 of `data`."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def sha256_file(path: str | Path) -> str:
-    """Hex sha256 of a file, read in 1 MiB pieces (about 1 s per GB)."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as stream:
-        while piece := stream.read(_CHUNK):
-            digest.update(piece)
-    return digest.hexdigest()
+# ---------------------------------------------------------------- small writes
 
 
 def to_json(obj: Any, *, indent: int | None = None) -> str:
@@ -287,16 +272,24 @@ def _listing(folder: Path) -> dict[str, Path]:
     return found
 
 
-def write_manifest(folder: Path) -> None:
-    """Sync all files, set their modes by the umask, and write MANIFEST.json (name, bytes, sha256 of each) last."""
-    folder = Path(folder)
+def write_manifest(folder: Path, *, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Sync all files, set their modes by the umask, and write MANIFEST.json (name, bytes, sha256 of each) last.
+
+    `known` holds entries (`bytes`, and `sha256` or `blake3`) of files that are synced already; they are not read again.
+    Raises CheckpointError when such a file has another size.
+    """
+    folder, known = Path(folder), known or {}
     files = _listing(folder)
     mode = _mode_by_umask(folder)
     entries = {}
     for name, path in files.items():
         path.chmod(mode)
-        sync_path(path)
-        entries[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        if name not in known:
+            sync_path(path)
+        entry = known[name] if name in known else {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        if path.stat().st_size != entry["bytes"]:
+            raise CheckpointError(f"{name} has changed while it was written", where=str(path), do="start again")
+        entries[name] = dict(entry)
     write_json(folder / MANIFEST, {"files": entries, "digest": sha256_bytes(to_json(entries).encode())})
     for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
         sync_path(path)
@@ -312,7 +305,10 @@ def _mode_by_umask(folder: Path) -> int:
 
 
 def verify_folder(folder: Path) -> None:
-    """Raise CheckpointError naming every file that is damaged, missing or extra against MANIFEST.json."""
+    """Raise CheckpointError naming every file that is damaged, missing or extra against MANIFEST.json.
+
+    Each file is read once and hashed by what its entry names: sha256, or BLAKE3 (large weights).
+    """
     folder = Path(folder)
     path = folder / MANIFEST
     do = "use an older checkpoint, or copy the folder again from its source"
@@ -321,7 +317,7 @@ def verify_folder(folder: Path) -> None:
     try:
         manifest = json.loads(path.read_bytes())
         entries: dict[str, dict[str, Any]] = manifest["files"]
-        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
+        expected = {str(name): _expected(entry) for name, entry in entries.items()}
         stated = str(manifest["digest"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{MANIFEST} cannot be read: {error}", where=str(path), do=do) from error
@@ -334,16 +330,27 @@ def verify_folder(folder: Path) -> None:
     files = _listing(folder)
     for name in sorted(expected.keys() | files.keys()):
         where = str(folder / name)
-        if name not in files:
-            problems.append(Problem(f"{name} is missing: expected sha256 {expected[name][1]}", where, None, do))
-        elif name not in expected:
+        if name not in expected:
             problems.append(Problem(f"{name} is not in {MANIFEST}", where, None, "delete it, or " + do))
-        elif (found := (files[name].stat().st_size, sha256_file(files[name]))) != expected[name]:
-            (size, digest), (want_size, want) = found, expected[name]
-            text = f"{name} is damaged: expected sha256 {want} ({want_size:,} bytes), actual {digest} ({size:,} bytes)"
+            continue
+        want_size, kind, want = expected[name]
+        if name not in files:
+            problems.append(Problem(f"{name} is missing: expected {kind} {want}", where, None, do))
+            continue
+        size, digest = files[name].stat().st_size, digest_file(files[name], DIGESTS[kind]())
+        if (size, digest) != (want_size, want):
+            text = f"{name} is damaged: expected {kind} {want} ({want_size:,} bytes), actual {digest} ({size:,} bytes)"
             problems.append(Problem(text, where, None, do))
     if problems:
         raise CheckpointError(problems)
+
+
+def _expected(entry: Mapping[str, Any]) -> tuple[int, str, str]:
+    """(bytes, kind of digest, digest) of a manifest entry."""
+    kinds = [kind for kind in DIGESTS if kind in entry]
+    if len(kinds) != 1:
+        raise ValueError(f"an entry names {len(kinds)} digests of {', '.join(DIGESTS)}, not one")
+    return int(entry["bytes"]), kinds[0], str(entry[kinds[0]])
 
 
 def remove_stale(folder: Path) -> tuple[Path, ...]:

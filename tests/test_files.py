@@ -16,6 +16,7 @@ import time
 import pytest
 
 from mmft import files
+from mmft.digests import blake3_hasher, digest_file
 from mmft.errors import CheckpointError, DataError
 from mmft.files import (
     append_jsonl,
@@ -30,6 +31,7 @@ from mmft.files import (
     verify_folder,
     write_bytes,
     write_json,
+    write_manifest,
     write_text,
 )
 
@@ -96,6 +98,17 @@ def test_sha256_is_the_standard_one(tmp_path):
     empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     (tmp_path / "x").write_bytes(b"")
     assert sha256_bytes(b"") == sha256_file(tmp_path / "x") == empty
+
+
+def test_blake3_is_the_standard_one(tmp_path):
+    """The first two are in the specification's own test vectors (input of 0 and 1 bytes)."""
+    for data, want in (
+        (b"", "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"),
+        (b"\0", "2d3adedff11b61f14c886e35afa036736dcd87a74d27b5c1510225d0f592e213"),
+        (b"abc", "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"),
+    ):
+        (tmp_path / "x").write_bytes(data)
+        assert digest_file(tmp_path / "x", blake3_hasher()) == want
 
 
 # ---------------------------------------------------------------- full disks
@@ -350,6 +363,48 @@ def test_every_damage_is_found_and_named(pair, kind):
             )
         (folder / name).write_bytes(good)
     verify_folder(folder)
+
+
+def named_by_blake3(folder):
+    """The manifest that names a.bin's BLAKE3 and the other files' sha256."""
+    (folder / "MANIFEST.json").unlink()
+    digest = digest_file(folder / "a.bin", blake3_hasher())
+    write_manifest(folder, known={"a.bin": {"bytes": (folder / "a.bin").stat().st_size, "blake3": digest}})
+    return digest
+
+
+@pytest.mark.parametrize("kind", ["flip", "cut", "block"])
+def test_every_damage_of_a_file_with_blake3_is_found(pair, kind):
+    folder, draw = pair / "step-1", random.Random(kind)
+    digest = named_by_blake3(folder)
+    entries = json.loads((folder / "MANIFEST.json").read_text())["files"]
+    assert entries["a.bin"] == {"bytes": 3000, "blake3": digest} and set(entries["sub/b.bin"]) == {"bytes", "sha256"}
+    verify_folder(folder)
+    good = (folder / "a.bin").read_bytes()
+    for _ in range(40):
+        damage(folder / "a.bin", kind, draw)
+        with pytest.raises(CheckpointError, match=rf"a\.bin is damaged: expected blake3 {digest} \(3,000 bytes\)"):
+            verify_folder(folder)
+        (folder / "a.bin").write_bytes(good)
+    (folder / "a.bin").unlink()
+    with pytest.raises(CheckpointError, match=rf"a\.bin is missing: expected blake3 {digest}"):
+        verify_folder(folder)
+
+
+@pytest.mark.parametrize("digests", [{}, {"md5": "0"}, {"sha256": "0", "blake3": "0"}], ids=["none", "unknown", "two"])
+def test_an_entry_names_one_known_digest(pair, digests):
+    entries = {"a.bin": {"bytes": 3000, **digests}}
+    text = json.dumps({"files": entries, "digest": sha256_bytes(files.to_json(entries).encode())})
+    (pair / "step-1" / "MANIFEST.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"MANIFEST\.json cannot be read: an entry names \d digests"):
+        verify_folder(pair / "step-1")
+
+
+def test_a_known_file_of_another_size_is_refused(pair):
+    (pair / "step-1" / "MANIFEST.json").unlink()
+    with pytest.raises(CheckpointError, match=r"a\.bin has changed while it was written"):
+        write_manifest(pair / "step-1", known={"a.bin": {"bytes": 2999, "blake3": "0"}})
+    assert not (pair / "step-1" / "MANIFEST.json").exists()
 
 
 def test_missing_extra_and_swapped_files_are_named_together(pair):

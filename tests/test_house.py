@@ -28,6 +28,7 @@ FLOORS = {
     "errors": 0,
     "paths": 0,
     "lock": 0,
+    "digests": 0,
     "files": 0,
     "seeds": 0,
     "journal": 0,
@@ -59,7 +60,7 @@ FLOORS = {
 """Every top-level room and file of the package. A file imports its own room and lower floors."""
 
 TOGETHER = {
-    0: "plain files: files stands on lock, paths and errors, journal on files",
+    0: "plain files: files stands on lock, paths, digests and errors, journal on files",
     5: "chapters: run reads runfolder, kinds, stages and outcome; tracing, planning, prove, answer reuse the stages",
     6: "cli calls the functions of mmft, __main__ calls cli",
 }

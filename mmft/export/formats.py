@@ -14,10 +14,10 @@ import torch
 
 from mmft.errors import ExportError, choices
 from mmft.export.dequantized import open_weights, plain_config
-from mmft.export.shards import INDEX, Output, Weights, as_bytes, index_json, parse_size, plan_shards, write_shard
+from mmft.export.shards import Output, Weights, as_bytes, parse_size, plan_shards
 from mmft.export.shards import row_blocks as blocks
 from mmft.export.sidefiles import copy_files, set_dtype
-from mmft.export.writer import hashed_folder
+from mmft.export.writer import hashed_folder, write_shards
 from mmft.files import read_json_file, require_free, scratch_folder, write_json
 
 FORMATS = ("hf", "onnx", "gguf", "adapter")
@@ -141,10 +141,7 @@ def copy_model(
                     progress(done, total)
 
         with hashed_folder(out) as (target, known):
-            for file, members in shards.items():
-                known[file] = write_shard(target / file, members, pieces)
-            if len(shards) > 1:
-                write_json(target / INDEX, index_json(shards))
+            known.update(write_shards(target, shards, pieces))
             copy_files(folder, target)
             config = plain_config(folder)
             if dtype is not None:

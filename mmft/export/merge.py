@@ -24,18 +24,15 @@ from mmft.export.deltas.plain import Tokens
 from mmft.export.names import NameMap, left_ties, map_names, meta_model
 from mmft.export.produce import Change, Job, Producer
 from mmft.export.shards import (
-    INDEX,
     Output,
     Weights,
-    index_json,
     parse_size,
     plan_shards,
     row_blocks,
     weight_files,
-    write_shard,
 )
 from mmft.export.sidefiles import copy_files, untied_config, write_config
-from mmft.export.writer import hashed_folder
+from mmft.export.writer import Known, hashed_folder, write_shards
 from mmft.files import remove_stale, require_free, write_json
 from mmft.recipe.schema import QuantizationSection
 
@@ -143,7 +140,7 @@ def _write_weights(
     outputs: Sequence[Output],
     producer: Producer,
     *,
-    known: dict[str, tuple[int, str]],
+    known: Known,
     limit: int,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[str, ...]:
@@ -158,10 +155,7 @@ def _write_weights(
             if progress is not None:
                 progress(done, total)
 
-    for file, members in shards.items():
-        known[file] = write_shard(folder / file, members, pieces)
-    if len(shards) > 1:
-        write_json(folder / INDEX, index_json(shards))
+    known.update(write_shards(folder, shards, pieces))
     return tuple(shards)
 
 

@@ -1,4 +1,4 @@
-"""safetensors folders as streams: headers, row blocks and sequential writes, never a whole shard in memory.
+"""safetensors folders as streams: headers, row blocks and the plan of the shards, never a whole shard in memory.
 
 The format (github.com/huggingface/safetensors, "Format"): 8 bytes little-endian header length, a JSON header with
 `{name: {dtype, shape, data_offsets}}`, then the tensors' bytes one after another.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from mmft.errors import ExportError
-from mmft.export.writer import HashingWriter
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -297,51 +296,3 @@ def plan_shards(outputs: Iterable[Output], max_bytes: int) -> dict[str, list[Out
     if len(shards) == 1:
         return {SINGLE: shards[0]}
     return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, 1)}
-
-
-def write_shard(
-    path: Path, outputs: Sequence[Output], produce: Callable[[Output], Iterator[memoryview]]
-) -> tuple[int, str]:
-    """Write one safetensors file, header first, each tensor as `produce` yields its bytes; its size and sha256.
-
-    Tensors are laid out by falling element size, so that all stay aligned. A second thread writes and hashes, so
-    that reading and computing go on meanwhile; it syncs the file in the end. Raises ExportError when `produce` yields
-    another number of bytes than the output's shape needs.
-    """
-    ordered = sorted(outputs, key=lambda output: -output.dtype.itemsize)  # stable
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for output in ordered:
-        header[output.name] = {
-            "dtype": CODES[output.dtype],
-            "shape": list(output.shape),
-            "data_offsets": [at, at + output.nbytes],
-        }
-        at += output.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with HashingWriter(path) as writer:
-        writer.write(memoryview(len(text).to_bytes(8, "little") + text))
-        for output in ordered:
-            written = 0
-            for piece in produce(output):
-                writer.write(piece)
-                written += len(piece)
-            if written != output.nbytes:
-                raise ExportError(
-                    f"tensor {output.name}: {written} bytes came, {output.nbytes} were planned",
-                    do="report this; the base's files may have changed meanwhile",
-                )
-    return writer.size, writer.sha256
-
-
-def index_json(shards: Mapping[str, Sequence[Output]]) -> dict[str, object]:
-    """The index of a sharded checkpoint, with the true number of bytes."""
-    flat = [(output, name) for name, outputs in shards.items() for output in outputs]
-    return {
-        "metadata": {
-            "total_size": sum(output.nbytes for output, _ in flat),
-            "total_parameters": sum(math.prod(output.shape) for output, _ in flat),
-        },
-        "weight_map": {output.name: name for output, name in sorted(flat, key=lambda pair: pair[0].name)},
-    }
