@@ -12,7 +12,7 @@ _ENCODERS = {
 _AUDIO = {
     *("fun_asr_nano", "glmasr", "granite_speech", "granite_speech_plus", "kyutai_speech_to_text", "clap"),
     *("moss_transcribe_diarize", "nemo_speechlm", "qwen2_audio", "qwen3_asr", "vibevoice_asr", "voxtral"),
-    *("voxtral_realtime", "wav2vec2", "whisper", "speech-encoder-decoder"),
+    *("voxtral_realtime", "omniasr", "wav2vec2", "whisper", "speech-encoder-decoder"),
 }
 """Families that hear and do not see."""
 _CROSSING = {
@@ -36,7 +36,9 @@ _NO_PROJECTOR: dict[str, str] = {
     **dict.fromkeys(("bert", "vit", "dinov2", "timm_wrapper", "wav2vec2", "whisper"), "one encoder"),
     **dict.fromkeys(("siglip", "siglip2"), "both towers end at the common width"),
     "kyutai_speech_to_text": "codes of the sound are tokens of the language model",
-    **dict.fromkeys(("chameleon", "emu3"), "pictures become numbers of a code book and go through the token table"),
+    **dict.fromkeys(
+        ("chameleon", "emu3", "apertus1p5"), "pictures become numbers of a code book and go through the token table"
+    ),
     "inkling_mm_model": "the tower's own folding layers end at the language model's width",
     "blip": "the text decoder's cross-attention reads the tower's width",
     "pix2struct": "the decoder's cross-attention reads the tower's width",

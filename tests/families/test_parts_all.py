@@ -97,14 +97,22 @@ EXPECTED: dict[str, str] = {
     "language=model.text_model head=lm_head",
     "granite_speech": "audio=model.encoder projector=model.projector.linear language=model.language_model "
     "head=lm_head cross=model.projector.qformer.encoder.layer.0.crossattention",
+    "apertus1p5": "vision=model.vision_tokenizer audio=model.audio_tokenizer language=model.language_model head=lm_head "
+    "projector=-",
+    "hy_v4_vl": "vision=model.vision_tower.layers projector=model.vision_tower.patch_merger "
+    "language=model.language_model head=lm_head",
+    "omniasr": _AUDIO,
     "hunyuan_vl": "vision=model.vision_tower.layers projector=model.vision_tower.patch_merger "
     "language=model.language_model head=lm_head",
     "hyperclovax_vision_v2": "vision=model.vision_model projector=model.projector language=model.language_model "
     "head=lm_head",
     "idefics": "vision=model.vision_model language=model.layers head=lm_head projector=- "
     "cross=model.gated_cross_attn_layers.0",
-    "inkling2": "vision=model.vision_tower.layers projector=model.vision_tower.merger language=model.language_model "
-    "head=lm_head",
+    **_alike(
+        "inkling2 inkling2_loop",
+        "vision=model.vision_tower.layers projector=model.vision_tower.merger language=model.language_model "
+        "head=lm_head",
+    ),
     "inkling_mm_model": "vision=model.vision_tower audio=model.audio_tower language=model.language_model head=lm_head "
     "projector=-",
     "janus": "vision=model.vqmodel projector=model.aligner language=model.language_model head=model.generation_head",

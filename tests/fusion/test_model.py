@@ -146,7 +146,8 @@ def test_save_and_load_is_exact_for_every_strategy(strategy, tmp_path):
     again = FusionModel.from_pretrained(tmp_path)
     _same(model, again)
     inputs = _single(small_inputs())
-    assert torch.equal(model(modalities=inputs).logits, again(modalities=inputs).logits)
+    # Equal weights at other addresses: a kernel may add in another order where they are not aligned.
+    torch.testing.assert_close(model(modalities=inputs).logits, again(modalities=inputs).logits, atol=1e-6, rtol=1e-6)
     one, other = (json.loads(m.config.to_json_string(use_diff=False)) for m in (model, again))
     assert {**one, "_name_or_path": None} == {**other, "_name_or_path": None}
 
