@@ -97,8 +97,8 @@ EXPECTED: dict[str, str] = {
     "language=model.text_model head=lm_head",
     "granite_speech": "audio=model.encoder projector=model.projector.linear language=model.language_model "
     "head=lm_head cross=model.projector.qformer.encoder.layer.0.crossattention",
-    "apertus1p5": "vision=model.vision_tokenizer audio=model.audio_tokenizer language=model.language_model head=lm_head "
-    "projector=-",
+    "apertus1p5": "vision=model.vision_tokenizer audio=model.audio_tokenizer language=model.language_model "
+    "head=lm_head projector=-",
     "hy_v4_vl": "vision=model.vision_tower.layers projector=model.vision_tower.patch_merger "
     "language=model.language_model head=lm_head",
     "omniasr": _AUDIO,
