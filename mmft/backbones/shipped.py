@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     import torch
     from transformers import FastVlmForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
-SHIPPED = ("nano-vlm", "nano-vlm-init", "emoji-clip-init", "emoji-captioner-init")
+SHIPPED = (
+    "nano-vlm",
+    "nano-vlm-init",
+    "emoji-clip-init",
+    "emoji-captioner-init",
+    "efficientnet-lite0",
+    "minilm",
+    "whisper-tiny",
+    "whisper-tiny-5s",
+)
 IMAGE_SIDE = 192
 PATCH = 32
 """Pixels per side of one image token: 192 pixels give 6 x 6 = 36 tokens."""

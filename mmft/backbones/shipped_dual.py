@@ -18,6 +18,7 @@ from typing import Any
 from mmft.backbones.shipped import keep_made, resolve_shipped, tower_weights
 from mmft.backbones.shipped_captioner import NAME as CAPTIONER
 from mmft.backbones.shipped_captioner import resolve_captioner
+from mmft.backbones.shipped_encoders import ENCODERS, resolve_encoder
 from mmft.errors import BackboneError
 from mmft.files import scratch_folder, sha256_file
 
@@ -38,6 +39,8 @@ def resolve_any(name: str) -> Path:
     plain = name.removeprefix("shipped:")
     if plain == CAPTIONER:
         return resolve_captioner()
+    if plain in ENCODERS:
+        return resolve_encoder(plain)
     return resolve_dual() if plain == NAME else resolve_shipped(name)
 
 

