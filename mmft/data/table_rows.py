@@ -154,6 +154,11 @@ def open_sample(
     return out
 
 
+def modality_columns(sample: Sample) -> dict[str, str]:
+    """Modality name -> its column, of the modalities that are columns of their own."""
+    return {modality_name(name): name for name, cell in sample.cells.items() if cell.kind in MODALITIES}
+
+
 def label_of(sample: Sample) -> str:
     """The row's label as text. Raises DataError where it is empty or the rows have none."""
     name, cell = next(((name, cell) for name, cell in sample.cells.items() if cell.kind == "label"), (None, None))
