@@ -49,6 +49,7 @@ def train(
         train_stage(run, adapted, datasets, accelerator, resume=resume, factory=factory)
         report: dict[str, Any] = {}
         if accelerator.is_main_process:
+            kind.settle(loaded, adapted, datasets)
             keep_trained(run, adapted)
             merge = export_stage(run, adapted, datasets)
             evaluate_stage(run, adapted, datasets)

@@ -75,12 +75,14 @@ def load_datasets(recipe: Recipe, processor: Any, journal: Journal) -> Datasets:
 
     Raises DataError with the first causes by file:line, or when every row of a set is too long.
     """
-    data, seed = recipe.data, recipe.train.seed
-    renderer = kind_of(recipe).renderer(recipe, processor)
-    loaded = load_many(data.train, data, seed)
+    data, seed, kind = recipe.data, recipe.train.seed, kind_of(recipe)
+    renderer = kind.renderer(recipe, processor)
+    loaded = load_many(data.train, data, seed, wanted=kind.formats)
     train = fitting(_rows(recipe, loaded), renderer, journal, name="train")
+    columns = next((one.columns for one in loaded if one.columns is not None), None)
     evals: dict[str, list[Sample]] = {}
-    for source, one in zip(data.eval, load_many(data.eval, data, seed), strict=True):
+    held = load_many(data.eval, data, seed, wanted=kind.formats, columns=columns)
+    for source, one in zip(data.eval, held, strict=True):
         loaded.append(one)
         name = source_name(source)
         evals.setdefault(name, []).extend(fitting(_rows(recipe, [one]), renderer, journal, name=name))
@@ -89,7 +91,7 @@ def load_datasets(recipe: Recipe, processor: Any, journal: Journal) -> Datasets:
         _tell_bad(one, journal)
     if isinstance(renderer, Renderer):
         _warn_unstopped(train, renderer, journal)
-    return Datasets(train, evals, renderer, fingerprint_samples(train))
+    return Datasets(kind.balanced(recipe, train), evals, renderer, fingerprint_samples(train))
 
 
 def _rows(recipe: Recipe, loaded: list[Loaded]) -> list[Sample]:

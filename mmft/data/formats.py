@@ -29,6 +29,7 @@ from mmft.seeds import fold
 SHIPPED = "shipped:emoji-scenes/"
 SHIPPED_PAIRS = "shipped:emoji-pairs/"
 SHIPPED_CAPTIONS = "shipped:emoji-captions/"
+SHIPPED_FUSION = "shipped:fusion/"
 _LOOK = 20
 
 TABLE = "table"
@@ -73,6 +74,10 @@ def source_path(source: DataSource) -> Path:
         from mmft.data.scenes_captions import shipped_captions
 
         return shipped_captions(source.path.removeprefix(SHIPPED_CAPTIONS))
+    if source.path.startswith(SHIPPED_FUSION):
+        from mmft.data.fusion_sets import shipped_fusion
+
+        return shipped_fusion(source.path.removeprefix(SHIPPED_FUSION))
     return Path(source.path)
 
 

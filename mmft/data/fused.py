@@ -17,8 +17,7 @@ from torch import Tensor
 from mmft.data.collate import Batch
 from mmft.data.render import OverLength
 from mmft.data.sample import Sample
-from mmft.data.table_rows import label_of, open_sample
-from mmft.data.table_rows import modality_columns
+from mmft.data.table_rows import label_of, modality_columns, open_sample
 from mmft.data.tables import as_float
 from mmft.errors import DataError, choices
 
@@ -94,7 +93,7 @@ class FusedRenderer:
         return self.length(sample) <= self.max_length
 
     def target(self, sample: Sample) -> list[float] | int:
-        """The row's label as the model is given it. Raises DataError for an empty label, and one that is not declared."""
+        """The row's label as the model is given it. Raises DataError for an empty or undeclared label."""
         word = label_of(sample)
         where = sample.where or sample.id
         if self.task == "regression":
@@ -141,6 +140,19 @@ class FusedRenderer:
             found["modalities"] |= held
         return found
 
+    @staticmethod
+    def place(found: Mapping[str, Any], model: Any) -> dict[str, Any]:
+        """`inputs` on a model's device, in the type of its weights."""
+        dtype, device = model.dtype, model.device
+        modalities = {
+            name: {
+                key: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+                for key, value in inputs.items()
+            }
+            for name, inputs in found["modalities"].items()
+        }
+        return {"modalities": modalities, "present": {key: one.to(device) for key, one in found["present"].items()}}
+
     def assemble(self, rows: Sequence[tuple[Sample, int]]) -> Batch:
         """The batch of (sample, epoch) rows. Raises DataError naming the row and column of what cannot be read."""
         samples = [sample for sample, _ in rows]
@@ -181,5 +193,3 @@ def nested(inputs: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
             modality, _, key = name.partition("/")
             modalities.setdefault(modality, {})[key] = value
     return {"modalities": modalities, "present": present}
-
-

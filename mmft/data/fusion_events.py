@@ -26,10 +26,26 @@ _KINDS = {
     "animal": ("animal-mammal", "animal-bird", "animal-reptile"),
 }
 _NO_THING = frozenset(
-    "station|mountain railway|motorway|railway track|oil drum|fuel pump|roller skate|feather|wing|paw prints|pig nose"
-    "|hatching chick|horizontal traffic light|vertical traffic light|bus stop|wheel|police cars revolving light|construction sign|octagonal sign|anchor".split(
-        "|"
-    )
+    {
+        "station",
+        "mountain railway",
+        "motorway",
+        "horizontal traffic light",
+        "vertical traffic light",
+        "oil drum",
+        "fuel pump",
+        "roller skate",
+        "feather",
+        "wing",
+        "paw prints",
+        "pig nose",
+        "hatching chick",
+        "bus stop",
+        "wheel",
+        "police cars revolving light",
+        "construction sign",
+        "octagonal sign",
+    }
 )
 """Members of those groups that do not come and go."""
 _PLACES = ("north gate", "south gate", "yard", "car park", "bridge", "field")
@@ -64,7 +80,7 @@ def frames(art: Image.Image, rng: np.random.Generator, *, comes: bool, fog: bool
         picture = Image.new("RGBA", (SIDE, SIDE), (*ground, 255))
         small = art.resize((side, side), Image.Resampling.BICUBIC)
         picture.alpha_composite(_inside(small, SIDE), (max(0, int(x - side / 2)), max(0, int(y - side / 2))))
-        values = np.asarray(picture.convert("RGB"), dtype=np.float32)
+        values = np.asarray(picture.convert("RGB"), dtype=np.float64)
         if fog:
             values = 0.25 * values + 0.75 * 200 + rng.normal(0, 12, values.shape)
         out.append(Image.fromarray(values.clip(0, 255).astype(np.uint8)))

@@ -20,21 +20,21 @@ from mmft.seeds import fold
 
 ROWS = {"train": 1500, "test": 600}
 LABELS = {-1: "negative", 0: "neutral", 1: "positive"}
-_WORDS = {
+_WORDS: dict[str, dict[int, tuple[str, ...]]] = {
     "train": {
-        1: "wonderful lovely great excellent delightful fantastic superb brilliant charming perfect".split(),
-        0: "usual normal regular average typical standard common plain ordinary expected".split(),
-        -1: "terrible awful horrible dreadful disgusting miserable hopeless rotten nasty lousy".split(),
+        1: ("wonderful", "lovely", "great", "excellent", "delightful", "fantastic", "superb", "brilliant", "charming"),
+        0: ("usual", "normal", "regular", "average", "typical", "standard", "common", "plain", "ordinary"),
+        -1: ("terrible", "awful", "horrible", "dreadful", "disgusting", "miserable", "hopeless", "rotten", "nasty"),
     },
     "test": {
-        1: "marvelous amazing beautiful splendid enjoyable".split(),
-        0: "medium moderate routine conventional unremarkable".split(),
-        -1: "appalling disappointing painful ghastly ugly".split(),
+        1: ("marvelous", "amazing", "beautiful", "splendid", "enjoyable"),
+        0: ("medium", "moderate", "routine", "conventional", "unremarkable"),
+        -1: ("appalling", "disappointing", "painful", "ghastly", "ugly"),
     },
 }
 _THINGS = {
-    "train": "hotel meal concert journey film lesson game party book service shop coffee".split(),
-    "test": "flight dinner museum weather phone".split(),
+    "train": ("hotel", "meal", "concert", "journey", "film", "lesson", "game", "party", "book", "service", "shop"),
+    "test": ("flight", "dinner", "museum", "weather", "phone"),
 }
 _FRAMES = {
     "train": ("the {thing} was {word}", "what a {word} {thing}", "I found the {thing} {word}"),

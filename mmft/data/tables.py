@@ -22,7 +22,7 @@ from mmft.data.layouts import open_source
 from mmft.data.media import kind_of_bytes, kind_of_name
 from mmft.errors import DataError, choices
 
-KINDS = ("text", "image", "audio", "video", "numeric", "categorical", "label", "id", "ignored")
+KINDS = ("text", "image", "audio", "video", "numeric", "categorical", "label", "id", "tag", "ignored")
 MODALITIES = ("text", "image", "audio", "video")
 TABLE, ID, LABEL = "table", "id", "label"
 _MOST_CATEGORIES, _CATEGORY_SHARE, _CATEGORY_WORDS = 50, 0.5, 3
@@ -80,7 +80,8 @@ def infer_columns(
     pictures, or paths that all end like pictures: image; likewise audio and video, and lists of pictures: video;
     lists of texts: text; numbers (or texts that all read as numbers): numeric; truth values: categorical; texts:
     categorical when at most 50 different ones come in at most half as many kinds as cells and none has more than 3
-    words, else text; nothing at all: ignored. A column `id` whose cells all differ names the rows. Without `label`, a
+    words, else text; nothing at all: ignored. A `tag`, which must be declared, names groups of rows in reports and is
+    no input. A column `id` whose cells all differ names the rows. Without `label`, a
     column declared as one or called `label` is it. Raises DataError for unknown columns or kinds, mixed or unknown
     cells, two labels, and two columns of one modality name.
     """

@@ -73,7 +73,8 @@ class Engine:
         self.params = self.masters.weights
         self.optimizer = build_optimizer(job.adapted, job.section, self.params, total_steps=job.total_steps)
         self.state = TrainState()
-        self.pad = job.adapted.backbone.pad_token_id
+        # Rows that make their batches themselves need no padding token, and their model may have none.
+        self.pad = 0 if hasattr(job.renderer, "assemble") else job.adapted.backbone.pad_token_id
         self.recomputed = checkpoint_layers(job.adapted) if job.section.gradient_checkpointing else []
         self._training_mode()
         # Only the distributed wrapper is accelerate's: precision and clipping are the recipe's and stated here.

@@ -68,7 +68,7 @@ def answer_set(
     and back."""
     was_training = model.training
     model.eval()
-    fusion = _inner(model)
+    fusion = inner(model)
     every = max(1, -(-len(samples) // MOST_ROWS))
     held, outputs = [], []
     try:
@@ -80,34 +80,32 @@ def answer_set(
             progress(len(chosen))
         kept = samples[::every]
         worths = None
-        if 1 < len(fusion.config.modalities) and len(kept) > 1:
+        if len(fusion.config.modalities) > 1 and len(kept) > 1:
             worths = _worths(model, held, renderer.targets(kept), (batch_size, resamples, seed))
     finally:
         model.train(was_training)
     return SetOutputs(torch.cat(outputs), worths)
 
 
-def _inner(model: Any) -> Any:
+def inner(model: Any) -> Any:
+    """The `FusionModel` itself, where peft is around it."""
     unwrap = getattr(model, "get_base_model", None)
     return model if unwrap is None else unwrap()
 
 
 def _encoded(fusion: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     """The batch with the tokens of every encoder in the place of its inputs, on the model's device."""
-    device, dtype = fusion.device, fusion.dtype
-    modalities: dict[str, Any] = {}
-    for name, inputs in found["modalities"].items():
-        placed = {key: value.to(device) for key, value in inputs.items()}
-        placed = {key: value.to(dtype) if value.is_floating_point() else value for key, value in placed.items()}
-        if name != TABLE and "features" not in placed:
-            rows = found["present"][name].nonzero().flatten()
-            tokens, mask = fusion.encode(name, {key: value[rows.to(device)] for key, value in placed.items()})
-            there = torch.zeros(len(found["present"][name]), mask.shape[1], dtype=torch.bool, device=device)
-            whole = tokens.new_zeros(len(there), *tokens.shape[1:])
-            whole[rows], there[rows] = tokens, mask
-            placed = {"features": whole, "mask": there}
-        modalities[name] = placed
-    return {"modalities": modalities, "present": {name: value.to(device) for name, value in found["present"].items()}}
+    batch = FusedRenderer.place(found, fusion)
+    for name, inputs in batch["modalities"].items():
+        if name == TABLE or "features" in inputs:
+            continue
+        rows = batch["present"][name].nonzero().flatten()
+        tokens, mask = fusion.encode(name, {key: value[rows] for key, value in inputs.items()})
+        there = mask.new_zeros(len(batch["present"][name]), mask.shape[1])
+        whole = tokens.new_zeros(len(there), *tokens.shape[1:])
+        whole[rows], there[rows] = tokens, mask
+        batch["modalities"][name] = {"features": whole, "mask": there}
+    return batch
 
 
 Row = dict[str, Any]
@@ -154,7 +152,7 @@ def _worths(model: Any, rows: Sequence[Row], labels: Tensor, settings: tuple[int
     """Per-row scores: 1 for a right decision; for regression minus the absolute error, of several labels the share of
     right ones."""
     size, resamples, seed = settings
-    config: FusionConfig = _inner(model).config
+    config: FusionConfig = inner(model).config
     names = config.modalities
     batches = [_joined(rows[start : start + size], names) for start in range(0, len(rows), size)]
 
@@ -235,9 +233,7 @@ def _for(metric: str, answers: Mapping[str, Answers]) -> Answers:
     return answers["decided"] if metric in _DECIDED and "decided" in answers else answers["chances"]
 
 
-def _part(
-    answers: Mapping[str, Mapping[str, Answers]], names: Sequence[str], draw: tuple[int, int]
-) -> dict[str, Any]:
+def _part(answers: Mapping[str, Mapping[str, Answers]], names: Sequence[str], draw: tuple[int, int]) -> dict[str, Any]:
     """`rows`, `scores` and `paired` of some rows."""
     resamples, seed = draw
     scores: dict[str, Any] = {}

@@ -17,8 +17,9 @@ from markupsafe import Markup
 from mmft.errors import CheckpointError
 from mmft.evaluation.answers import PredictionStore
 from mmft.evaluation.cards import changed_cards
+from mmft.evaluation.class_charts import class_figures
 from mmft.evaluation.plots import Lane, Mark, Point, forest_chart, legend_shape, line_chart
-from mmft.evaluation.verdict import agreement, label, probability, verdict
+from mmft.evaluation.verdict import LOWER_IS_BETTER, agreement, label, probability, verdict
 from mmft.files import write_text
 from mmft.journal import read_jsonl
 
@@ -153,6 +154,7 @@ def _set(
             for tag, values in shown.items()
         ],
         "answers": answers if answers[1] else None,
+        "classification": class_figures(entry, models),
     }
 
 
@@ -161,13 +163,14 @@ def _score_row(first: str, part: Mapping[str, Any], metric: str, models: Sequenc
     gain = None
     if change:
         # McNemar's test is exact where there is one.
+        up, down = ("down", "up") if metric in LOWER_IS_BETTER else ("up", "down")
         p = change["mcnemar_p"] if change.get("mcnemar_p") is not None else change["p"]
         gain = {
             "text": f"{change['difference']:+.3f}",
             "range": f"{change['low']:+.3f} to {change['high']:+.3f}",
             "p": probability(p),
             # Coloured only where interval and test agree that there is a difference.
-            "css": "" if p > 0.05 else "up" if change["low"] > 0 else "down" if change["high"] < 0 else "",
+            "css": "" if p > 0.05 else up if change["low"] > 0 else down if change["high"] < 0 else "",
         }
     cells = [(part["scores"].get(model) or {}).get(metric) for model in models]
     return {

@@ -12,7 +12,17 @@ LABELS = {
     "cider": "CIDEr",
     "bleu": "BLEU-4",
     "rouge_l": "ROUGE-L",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "roc_auc": "ROC-AUC",
+    "pr_auc": "PR-AUC",
+    "ece": "calibration error",
+    "mae": "mean absolute error",
+    "rmse": "root mean squared error",
+    "r2": "R²",
 }
+
+LOWER_IS_BETTER = ("log_loss", "ece", "mae", "rmse")
 
 
 def label(metric: str) -> str:

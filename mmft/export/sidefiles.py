@@ -20,13 +20,22 @@ _NOT_COPIED = ("merge_report.json", "MANIFEST.json", "config.json")
 
 def copy_files(base: Path, folder: Path) -> None:
     """Copy tokenizer, processor and the like; no weights, no code, no hidden files."""
-    for path in sorted((*base.iterdir(), *(base / "additional_chat_templates").glob("*.jinja"))):
+    below = [*(base / "additional_chat_templates").glob("*.jinja")]
+    below += [path for name in _modalities(base) for path in (base / name).glob("*")]
+    for path in sorted((*base.iterdir(), *below)):
         plain = not path.name.startswith(".") and path.suffix not in (".py", ".pyc") and path.name not in _NOT_COPIED
         wanted = path.name in _NEEDED or not path.name.endswith(_WEIGHT_SUFFIXES)
         if plain and path.is_file() and wanted:
             target = folder / path.relative_to(base)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)  # not its mode, and the file itself where a hub cache has a link
+
+
+def _modalities(base: Path) -> list[str]:
+    """Folders of a fusion model's processor: one for each modality."""
+    path = base / "processor_config.json"
+    found = json.loads(path.read_bytes()).get("modalities") if path.is_file() else None
+    return [name for name in found if str(name).isidentifier()] if isinstance(found, dict) else []
 
 
 def write_config(

@@ -17,6 +17,8 @@ LATE_RULES = ("average", "learned", "stacking")
 ORDINAL_RULES = ("corn", "cumulative")
 TABLE = "table"
 """The name of the tabular modality."""
+TAKEN = (TABLE, "tabular", "head", "modality_head", "missing", "strategy")
+"""Names that no encoder's modality can have: peft finds a module that is trained whole by the end of its name."""
 
 
 class FusionConfig(PreTrainedConfig):
@@ -108,11 +110,11 @@ def _check_modalities(config: FusionConfig) -> None:
         )
     for entry in config.encoders or ():
         name = entry["name"]
-        if name == TABLE or not name.isidentifier() or config.modalities.count(name) > 1:
+        if name in TAKEN or not name.isidentifier() or config.modalities.count(name) > 1:
             raise RecipeError(
                 f"'{name}' cannot be the name of an encoder's modality",
                 where="encoders",
-                allowed=f"letters, digits and underscores, each name once, not '{TABLE}'",
+                allowed=f"letters, digits and underscores, each name once, none of {', '.join(TAKEN)}",
                 do="rename it",
             )
         if entry.get("kind") not in KINDS:

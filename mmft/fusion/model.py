@@ -61,6 +61,11 @@ class MissingVectors(nn.Module):
         """(D,) of modality number `at`."""
         return self.vectors[at]
 
+    def drop(self, present: Tensor, probability: float) -> Tensor:
+        """Modality dropout while these vectors are trained; here because an adapter run puts only what it trains into
+        training, not the whole model."""
+        return drop_modalities(present, probability) if self.training and probability else present
+
 
 class FusionModel(PreTrainedModel):
     """See the module and `FusionConfig`. `model(modalities=..., present=..., labels=...)`."""
@@ -82,7 +87,7 @@ class FusionModel(PreTrainedModel):
             }
         )
         if config.table is not None:
-            self.table = TabularEncoder(TableSchema.from_config(config.table), width)
+            self.tabular = TabularEncoder(TableSchema.from_config(config.table), width)
         # The norm evens out encoders of very different scales; a table's tokens are of this width already.
         self.projections = nn.ModuleDict(
             {
@@ -189,7 +194,7 @@ class FusionModel(PreTrainedModel):
             assert inputs is not None, "forward has seen to that"
             held = {key: value[rows] for key, value in inputs.items()}
             if name == TABLE:
-                found, inner = self.table(held)
+                found, inner = self.tabular(held)
             else:
                 found, inner = (held["features"], held["mask"]) if "features" in held else self.encode(name, held)
                 found = self.projections[name](found.to(vector.dtype)).masked_fill(~inner.unsqueeze(-1), 0.0)
@@ -215,8 +220,7 @@ class FusionModel(PreTrainedModel):
         Raises DataError for unknown or inconsistent modalities and for labels outside of the declared set.
         """
         there = self._present(modalities, present)
-        if self.training and self.config.modality_dropout:
-            there = drop_modalities(there, self.config.modality_dropout)
+        there = self.missing.drop(there, self.config.modality_dropout)
         features = [
             self.features(name, modalities.get(name), there[:, at]) for at, name in enumerate(self.config.modalities)
         ]

@@ -33,7 +33,8 @@ class FeatureStore:
     def open(cls, path: Path) -> FeatureStore:
         """A store that `build` wrote; tokens stay on disk."""
         with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.endswith(f".{_ENDS}")]
+            held = list(file.keys())
+            names = [name for name in held if name.endswith(f".{_ENDS}")]
             return cls(path, {name.removesuffix(f".{_ENDS}"): file.get_tensor(name).tolist() for name in names})
 
     @classmethod
@@ -62,6 +63,11 @@ class FeatureStore:
         save_file(held, part)
         part.replace(path)
         return cls.open(path)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Modalities that are stored."""
+        return tuple(self.ends)
 
     def batch(self, rows: Sequence[int]) -> dict[str, dict[str, Tensor]]:
         """Modality -> `{"features", "mask"}` of these rows, for `FusionModel` in the place of the encoders' inputs; a

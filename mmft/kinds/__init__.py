@@ -5,10 +5,11 @@ from __future__ import annotations
 from mmft.kinds.base import Kind
 from mmft.kinds.captioning import Captioning
 from mmft.kinds.chat import Chat
+from mmft.kinds.fusion import Fusion
 from mmft.kinds.pairs import Pairs
 from mmft.recipe.schema import Recipe
 
-KINDS: tuple[Kind, ...] = (Chat(), Pairs(), Captioning())
+KINDS: tuple[Kind, ...] = (Chat(), Pairs(), Captioning(), Fusion())
 
 
 def kind_of(recipe: Recipe) -> Kind:

@@ -62,6 +62,10 @@ class Kind(ABC):
         """The rows of one set as they are learned from; by default as they were read."""
         return samples
 
+    def balanced(self, recipe: Recipe, samples: list[Sample]) -> list[Sample]:
+        """The training rows as an epoch sees them, some of them perhaps repeated; by default each once."""
+        return samples
+
     def adapt(self, adapted: Adapted, recipe: Recipe) -> Adapted:
         """The adapted model with what else the objective trains, for example a temperature or a head."""
         return adapted
@@ -77,6 +81,10 @@ class Kind(ABC):
             where="adapter.init_lora_weights",
             do="choose another start",
         )
+
+    def settle(self, recipe: Recipe, adapted: Adapted, datasets: Datasets) -> None:
+        """What is fitted when training is over, before the model is kept; nothing by default."""
+        return None
 
     # -- after training ---------------------------------------------------------------------------------------------
 

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmft.data.collate import Batch
 from mmft.data.fused import nested
 from mmft.errors import BackboneError
 from mmft.fusion.config import FusionConfig
-from mmft.fusion.heads import count_of, decide
+from mmft.fusion.heads import IGNORED, count_of, decide
 from mmft.objectives.base import Loss
 
 
 class ClassificationObjective:
     """The loss of the model's own head with its auxiliary losses; the count is the head's (`heads.count_of`).
 
-    Logs the sum of correct decisions (the squared error for regression has no such thing: 0). Raises BackboneError for
-    another kind of model.
+    Logs how many decisions were right. Raises BackboneError for another kind of model.
     """
 
     name = "classification"
+    metrics: Mapping[str, tuple[str, str]] = {"batch_accuracy": ("correct", "decisions")}
 
     def __init__(self, model: Any) -> None:
         unwrap = getattr(model, "get_base_model", None)
@@ -43,12 +44,13 @@ class ClassificationObjective:
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """One forward."""
         out = model(**nested(batch.inputs), labels=batch.labels)
-        return Loss(out.loss_sum, int(out.loss_count), {"correct": self._correct(out.logits.detach(), batch.labels)})
+        return Loss(out.loss_sum, int(out.loss_count), self._logs(out.logits.detach(), batch.labels))
 
-    def _correct(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _logs(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Right decisions, and how many were made; for regression both are 0."""
         if self.config.task == "regression":
-            return logits.new_zeros(())
+            return {"correct": logits.new_zeros(()), "decisions": logits.new_zeros(())}
         found = decide(self.config, logits)
-        if self.config.task == "multi_label":
-            return (found == (labels > 0.5)).sum().float()
-        return (found == labels).sum().float()
+        known = ~torch.isnan(labels) if labels.is_floating_point() else labels != IGNORED
+        right = (found == (labels > 0.5 if self.config.task == "multi_label" else labels)) & known
+        return {"correct": right.sum().float(), "decisions": known.sum().float()}

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from mmft.recipe.objective import ObjectiveSection, readers
 from mmft.recipe.rules import Rule
-from mmft.recipe.schema import Recipe, Section
+from mmft.recipe.schema import COMPOSED, Recipe, Section
 
 
 def _paired(recipe: Recipe) -> bool:
     return recipe.objective.name == "contrastive"
+
+
+def _fused(recipe: Recipe) -> bool:
+    return recipe.objective.name == "classification"
 
 
 def _rows(recipe: Recipe) -> int:
@@ -29,6 +33,21 @@ def _unread(name: str) -> Rule:
         lambda r: r.objective.name not in by and _told(r.objective, name),
         f"objective.{name}: {{objective.name}} does not read it",
         f"take it out, or set objective.name: {' or '.join(by)}",
+    )
+
+
+FUSION_READS_NOT = ("data.system", "data.supervise", "evaluate.max_new_tokens", "evaluate.num_beams")
+"""Fields of conversations and of written answers."""
+
+
+def _not_fused(field: str) -> Rule:
+    section, _, name = field.partition(".")
+    return Rule(
+        field,
+        (field, "objective.name"),
+        lambda r: _fused(r) and _told(getattr(r, section), name),
+        f"{field}: a classification run writes no text and reads no conversations",
+        "take it out",
     )
 
 
@@ -90,5 +109,55 @@ OBJECTIVE_RULES: tuple[Rule, ...] = (
         lambda r: _paired(r) and r.adapter.method in ("prompt", "prefix"),
         "adapter.method: {adapter.method} puts vectors before a language model's text; a dual encoder has none",
         "choose lora or another method that changes layers",
+    ),
+    *(_not_fused(field) for field in FUSION_READS_NOT),
+    Rule(
+        "model.encoders",
+        ("model.encoders", "objective.name"),
+        lambda r: bool(r.model.encoders) and not _fused(r),
+        "model.encoders: {objective.name} does not read it",
+        "take it out, or set objective.name: classification",
+    ),
+    Rule(
+        "model.encoders",
+        ("model.encoders", "model.name_or_path"),
+        lambda r: bool(r.model.encoders) and r.model.name_or_path != COMPOSED,
+        "model.name_or_path and model.encoders: two answers to what is trained",
+        "take one of them out",
+    ),
+    Rule(
+        "evaluate.metrics",
+        ("evaluate.metrics", "objective.name"),
+        lambda r: _fused(r) and _told(r.evaluate, "metrics"),
+        "evaluate.metrics: classification is scored by its task (accuracy to calibration; mae, rmse, r2)",
+        "take it out",
+    ),
+    Rule(
+        "adapter.init_lora_weights",
+        ("adapter.init_lora_weights", "objective.name"),
+        lambda r: _fused(r) and r.adapter.init_lora_weights == "eva",
+        "adapter.init_lora_weights: eva looks at batches of conversations, and objective.name is classification",
+        "choose another start",
+    ),
+    Rule(
+        "adapter.method",
+        ("adapter.method", "objective.name"),
+        lambda r: _fused(r) and r.adapter.method in ("prompt", "prefix"),
+        "adapter.method: {adapter.method} puts vectors before a language model's text; an encoder has no such place",
+        "choose lora or another method that changes layers",
+    ),
+    Rule(
+        "objective.balance",
+        ("objective.balance", "objective.task"),
+        lambda r: _fused(r) and r.objective.task in ("regression", "multi_label") and r.objective.balance != "none",
+        "objective.balance: {objective.balance} needs one class per row, and task is {objective.task}",
+        "take it out",
+    ),
+    Rule(
+        "objective.classes",
+        ("objective.classes", "objective.task"),
+        lambda r: _fused(r) and r.objective.task == "regression" and bool(r.objective.classes),
+        "objective.classes: a number has no classes, and task is regression",
+        "take it out",
     ),
 )

@@ -6,14 +6,15 @@ as aliases (`mmft/recipe/aliases.py`).
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmft.recipe.objective import ObjectiveSection
 from mmft.recipe.section import Count, DType, PartName, Positive, Rate, Section, Share
 
 __all__ = [
+    "COMPOSED",
     "AdapterSection",
     "DataSection",
     "DataSource",
@@ -30,11 +31,19 @@ __all__ = [
 ]
 
 
+COMPOSED = "composed"
+"""`model.name_or_path` of a model that the run composes of `model.encoders`."""
+
+
 class ModelSection(Section):
     """Which pretrained backbone is loaded, and how."""
 
     name_or_path: str
-    """A hub id, a folder, or `shipped:nano-vlm`."""
+    """A hub id, a folder, or `shipped:nano-vlm`; left out where `encoders` are given (`composed` for a table
+    alone)."""
+    encoders: dict[str, str] = {}
+    """Encoders of a fusion model (`classification`): a column, or a kind of columns (image, text, audio, video), to a
+    hub id, a folder, or `shipped:NAME`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; pin a commit for a run that others must repeat."""
     model_type: str | None = None
@@ -43,6 +52,14 @@ class ModelSection(Section):
     """Type of the weights in memory (those that are not quantized)."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] = "sdpa"
     """Attention kernel, by transformers' names."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        """A model that is composed of encoders has no name of its own."""
+        if isinstance(given, dict) and given.get("encoders") and "name_or_path" not in given:
+            return {**given, "name_or_path": COMPOSED}
+        return given
 
 
 class QuantizationSection(Section):
@@ -135,7 +152,8 @@ class DataSource(Section):
     """One data set."""
 
     path: str
-    """A .jsonl/.json/.parquet/.csv file, a caption file, a folder, or `shipped:emoji-scenes/NAME`."""
+    """A .jsonl/.json/.parquet/.csv file, a caption file, a folder, or `shipped:SET/NAME` (sets: emoji-scenes,
+    emoji-pairs, fusion)."""
     name: str | None = None
     """Name in reports; the file's stem if not given."""
     format: Literal["auto", "messages", "llava", "qa", "pairs", "table", "folder", "flickr8k", "coco"] = "auto"

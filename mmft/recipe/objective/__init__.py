@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from mmft.recipe.objective.captioning import CaptioningFields
+from mmft.recipe.objective.classification import ClassificationFields
 from mmft.recipe.objective.contrastive import ContrastiveFields
 from mmft.recipe.objective.pairs import PairFields
 from mmft.recipe.objective.sft import SmoothingFields
@@ -18,16 +19,18 @@ READS: dict[str, tuple[type[Section], ...]] = {
     "sft": (SmoothingFields,),
     "contrastive": (PairFields, ContrastiveFields),
     "captioning": (SmoothingFields, PairFields, CaptioningFields),
+    "classification": (SmoothingFields, ClassificationFields),
 }
 """Objective -> the groups of fields it reads."""
 
 
-class ObjectiveSection(SmoothingFields, PairFields, ContrastiveFields, CaptioningFields):
+class ObjectiveSection(SmoothingFields, PairFields, ContrastiveFields, CaptioningFields, ClassificationFields):
     """What is minimised."""
 
-    name: Literal["sft", "contrastive", "captioning"] = "sft"
+    name: Literal["sft", "contrastive", "captioning", "classification"] = "sft"
     """`sft`: cross-entropy of the answers' tokens; `contrastive`: pictures and texts of a dual encoder; `captioning`:
-    cross-entropy of the captions of an encoder-decoder, or of a decoder that sees the picture."""
+    cross-entropy of the captions of an encoder-decoder, or of a decoder that sees the picture; `classification`: labels
+    of rows with pictures, texts, sounds, videos and columns of a table."""
 
 
 def readers(field: str) -> list[str]:
