@@ -36,7 +36,14 @@ def _unread(name: str) -> Rule:
     )
 
 
-FUSION_READS_NOT = ("data.system", "data.supervise", "evaluate.max_new_tokens", "evaluate.num_beams")
+FUSION_READS_NOT = (
+    "data.system",
+    "data.supervise",
+    "evaluate.max_new_tokens",
+    "evaluate.num_beams",
+    "evaluate.top_p",
+    "evaluate.temperature",
+)
 """Fields of conversations and of written answers."""
 
 
@@ -110,7 +117,8 @@ OBJECTIVE_RULES: tuple[Rule, ...] = (
         "adapter.method: {adapter.method} puts vectors before a language model's text; a dual encoder has none",
         "choose lora or another method that changes layers",
     ),
-    *(_not_fused(field) for field in FUSION_READS_NOT),
+    # A temperature without top_p is refused for every objective.
+    *(_not_fused(field) for field in FUSION_READS_NOT if field != "evaluate.temperature"),
     Rule(
         "model.encoders",
         ("model.encoders", "objective.name"),
@@ -121,7 +129,7 @@ OBJECTIVE_RULES: tuple[Rule, ...] = (
     Rule(
         "model.encoders",
         ("model.encoders", "model.name_or_path"),
-        lambda r: bool(r.model.encoders) and r.model.name_or_path != COMPOSED,
+        lambda r: _fused(r) and bool(r.model.encoders) and r.model.name_or_path != COMPOSED,
         "model.name_or_path and model.encoders: two answers to what is trained",
         "take one of them out",
     ),

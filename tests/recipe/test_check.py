@@ -188,6 +188,56 @@ CASES = [
     ),
     ("evaluate: {top_p: 0.9, num_beams: 2}\n", "evaluate.top_p with evaluate.num_beams 2: a beam does not draw"),
     ("evaluate: {temperature: 0.5}\n", "evaluate.temperature: nothing is drawn, so it does nothing"),
+    *[
+        (f"objective: {{{field}: {value}}}\n", f"objective.{field}: sft does not read it")
+        for field, value in {
+            "task": "ordinal",
+            "classes": "[a, b]",
+            "strategy": "gated",
+            "pooling": "bilstm",
+            "hidden_size": 32,
+            "modality_dropout": 0.1,
+            "auxiliary_weight": 0.1,
+            "modality_learning_rates": "{image: 0.1}",
+            "balance": "weights",
+            "focal_gamma": 2.0,
+            "cache_features": "false",
+        }.items()
+    ],
+    *[
+        (
+            f"objective: {{name: classification}}\n{section}: {{{field}: {value}}}\n",
+            f"{section}.{field}: a classification run writes no text",
+        )
+        for section, field, value in (
+            ("data", "system", "be kind"),
+            ("data", "supervise", "last_answer"),
+            ("evaluate", "max_new_tokens", 8),
+            ("evaluate", "num_beams", 2),
+            ("evaluate", "top_p", 0.9),
+        )
+    ],
+    ("encoders: {text: org/name}\n", "model.encoders: sft does not read it"),
+    (
+        "objective: {name: classification}\nencoders: {text: org/name}\n",
+        "model.name_or_path and model.encoders: two answers to what is trained",
+    ),
+    (
+        "objective: {name: classification}\nevaluate: {metrics: [bleu]}\n",
+        "evaluate.metrics: classification is scored by its task",
+    ),
+    (
+        "objective: {name: classification, task: regression, balance: weights}\n",
+        "objective.balance: weights needs one class",
+    ),
+    (
+        "objective: {name: classification, task: regression, classes: [a]}\n",
+        "objective.classes: a number has no classes",
+    ),
+    (
+        "objective: {name: classification}\nadapter: {init_lora_weights: eva}\n",
+        "adapter.init_lora_weights: eva looks at batches of conversations",
+    ),
 ]
 
 
