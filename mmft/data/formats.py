@@ -115,8 +115,7 @@ def load_samples(
     """
     opened = _open(source, wanted)
     if opened.format == TABLE:
-        [opened], found = _with_columns([source], [opened])
-        columns = columns or found
+        [opened], columns = _with_columns([source], [opened], columns)
     return _loaded(source, opened, seed=seed, system=system, columns=columns)
 
 
@@ -150,9 +149,13 @@ def _guessed(rows: Sequence[Row], source: DataSource, path: Path, wanted: Sequen
         raise
 
 
-def _with_columns(sources: Sequence[DataSource], opened: Sequence[_Opened]) -> tuple[list[_Opened], Columns]:
-    """The sources with their rows in memory, and one set of columns for all of them."""
+def _with_columns(
+    sources: Sequence[DataSource], opened: Sequence[_Opened], columns: Columns | None
+) -> tuple[list[_Opened], Columns]:
+    """The sources with their rows in memory, and one set of columns for all of them: `columns`, else what they show."""
     held = [dataclasses.replace(one, rows=list(one.rows)) for one in opened]
+    if columns is not None:
+        return held, columns
     rows = [row for one in held for _, row in one.rows if not isinstance(row, DataError)]
     declared = {name: kind for source in sources for name, kind in source.columns.items()}
     return held, infer_columns(rows, declared=declared)
@@ -218,8 +221,7 @@ def load_many(
     opened = [_open(source, wanted) for source in sources]
     tables = [at for at, one in enumerate(opened) if one.format == TABLE]
     if tables:
-        held, found = _with_columns([sources[at] for at in tables], [opened[at] for at in tables])
-        columns = columns or found
+        held, columns = _with_columns([sources[at] for at in tables], [opened[at] for at in tables], columns)
         for at, table in zip(tables, held, strict=True):
             opened[at] = table
     loaded = [

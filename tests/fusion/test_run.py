@@ -263,7 +263,8 @@ def test_the_other_heads_run_from_a_recipe(task, label, tmp_path):
     given = recipe(tmp_path, tmp_path, train={"max_steps": 4})
     given |= {
         "model": {"encoders": {}, "name_or_path": "composed", "dtype": "float32"},
-        "adapter": {"method": "full", "targets": ["projector", "head"]},
+        # A model without encoders is one part, which has the name of the main one.
+        "adapter": {"method": "full", "targets": ["language"]},
         "evaluate": {"models": ["adapter"], "bootstrap_samples": 20},
         "objective": {"name": "classification", "task": task, "hidden_size": 16}
         | ({"classes": ["low", "mid", "high"]} if task == "ordinal" else {}),
