@@ -52,7 +52,7 @@ class Chat(Kind):
     """`sft`: rows of conversations, cross-entropy of the answers, answers by generation."""
 
     objectives = ("sft",)
-    formats = ("messages", "llava", "qa")
+    formats = ("messages", "llava", "prompt", "qa")
     rows_wanted = "messages, llava or qa rows for sft; pairs (image and caption) for contrastive and captioning"
 
     def renderer(self, recipe: Recipe, processor: Any) -> RowRenderer:

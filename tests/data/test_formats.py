@@ -58,7 +58,7 @@ BAD = {
     "messages a text": (good(messages="hi"), "`messages` is a str"),
     "unknown role": (good(images=[], messages=chat(("usr", "a"), ("assistant", "b"))), "nearest: 'user'"),
     "content a number": (good(images=[], messages=chat(("user", 3), ("assistant", "b"))), "content` is a int"),
-    "unknown piece": (good(messages=chat(("user", [{"type": "audio"}]), ("assistant", "b"))), "type 'audio'"),
+    "unknown piece": (good(messages=chat(("user", [{"type": "smell"}]), ("assistant", "b"))), "type 'smell'"),
     "two users": (good(images=[], messages=chat(("user", "a"), ("user", "a"), ("assistant", "b"))), "turn 2 is user"),
     "assistant first": (good(images=[], messages=chat(("assistant", "b"))), "turn 1 is assistant"),
     "no answer": (good(images=[], messages=chat(("user", "a"))), "last turn is not the assistant's"),

@@ -295,3 +295,114 @@ def test_media_of_every_kind_in_cells(tmp_path):
     columns = infer_columns([{"v": "bad.wav", "y": 1}], label="y")
     with pytest.raises(DataError, match="truncated[\\s\\S]*row 0, column v: .*bad.wav"):
         open_sample(table_samples([{"v": "bad.wav", "y": 1}], columns, root=tmp_path)[0])
+
+
+# ---------------------------------------------------------------- conversations of other tools
+
+
+def _talk(*texts):
+    return [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(texts)]
+
+
+def _data_uri(path) -> str:
+    import base64
+
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def test_the_layouts_of_other_tools_say_the_same(tmp_path):
+    import base64
+
+    picture(tmp_path / "a.png", 1)
+    picture(tmp_path / "b.png", 2)
+    (tmp_path / "s.wav").write_bytes(wav(TONE))
+    uri, sound = _data_uri(tmp_path / "a.png"), base64.b64encode(wav(TONE)).decode()
+    image = {"type": "image_url", "image_url": {"url": uri}}
+    told = {"type": "text", "text": "What?"}
+    rows = {
+        "openai": {"messages": [{"role": "developer", "content": "Be kind."}, *_talk([image, told], "A cat")]},
+        "openai sound": {
+            "messages": _talk([{"type": "input_audio", "input_audio": {"data": sound, "format": "wav"}}, told], "Hm")
+        },
+        "sharegpt": {
+            "system": "Be kind.",
+            "conversations": [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A cat"}],
+            "images": ["a.png"],
+        },
+        "qwen-vl": {
+            "id": "identity_0",
+            "conversations": [
+                {"from": "user", "value": "Picture 1: <img>a.png</img>\nPicture 2: <img>b.png</img>\nWhat?"},
+                {"from": "assistant", "value": "A cat"},
+            ],
+        },
+        "qwen2-vl": {"messages": _talk([{"image": "a.png"}, {"text": "What?"}], [{"text": "A cat"}])},
+        "internvl": {
+            "id": 0, "image": ["a.png", "b.png"], "width_list": [4, 4], "height_list": [3, 3],
+            "conversations": [{"from": "human", "value": "<image>\n<image>\nWhat?"}, {"from": "gpt", "value": "A cat"}],
+        },
+        "minicpm-v": {
+            "id": "0", "image": {"<image_00>": "a.png", "<image_01>": "b.png"},
+            "conversations": _talk("<image_00>\n<image_01>\nWhat?", "A cat"),
+        },
+        "minicpm-v, no mark": {"id": "1", "image": {"<image_00>": "a.png"}, "conversations": _talk("What?", "A cat")},
+        "trl": {"prompt": _talk("What?"), "completion": _talk("", "A cat")[1:], "image": "a.png"},
+        "trl texts": {"prompt": "What?", "completion": "A cat", "image": "a.png"},
+        "swift": {"messages": _talk("<image><audio>What?", "A cat"), "images": ["a.png"], "audios": ["s.wav"]},
+        "frames": {"messages": _talk("<video>What?", "A cat"), "videos": [["a.png", "b.png"]]},
+        "plain": {"messages": _talk("What is <audio> in HTML?", "A tag")},
+    }  # fmt: skip
+    expected = {
+        "openai": "system:Be kind. user:[image]What? assistant:A cat",
+        "openai sound": "user:[audio]What? assistant:Hm",
+        "sharegpt": "system:Be kind. user:[image]What? assistant:A cat",
+        "qwen-vl": "user:[image][image]What? assistant:A cat",
+        "qwen2-vl": "user:[image]What? assistant:A cat",
+        "internvl": "user:[image][image]What? assistant:A cat",
+        "minicpm-v": "user:[image][image]What? assistant:A cat",
+        "minicpm-v, no mark": "user:[image]What? assistant:A cat",
+        "trl": "user:[image]What? assistant:A cat",
+        "trl texts": "user:[image]What? assistant:A cat",
+        "swift": "user:[image][audio]What? assistant:A cat",
+        "frames": "user:[video]What? assistant:A cat",
+        "plain": "user:What is <audio> in HTML? assistant:A tag",
+    }
+    for name, row in rows.items():
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps(row))
+        loaded = load(path)
+        assert not loaded.bad, (name, loaded.bad)
+        [sample] = loaded.samples
+        found = " ".join(
+            f"{turn.role}:" + "".join(one.text if one.kind == "text" else f"[{one.kind}]" for one in turn.pieces)
+            for turn in sample.turns
+        )
+        assert found == expected[name], name
+        kinds = [piece.kind for turn in sample.turns for piece in turn.pieces if piece.kind != "text"]
+        assert [ref.kind for ref in sample.media] == kinds, name
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"messages": _talk("<image>x", "y"), "images": ["http://example.org/a.png"]}, "is a URL"),
+        ({"messages": _talk("<video>x", "y"), "videos": ["../clip"]}, "climbs out"),
+        ({"messages": _talk("<audio>x", "y"), "audios": ["/etc/hostname"]}, "leads outside"),
+        ({"conversations": _talk("Picture 1: <img>/etc/hostname</img>\nx", "y")}, "leads outside"),
+        ({"messages": _talk([{"type": "image_url", "image_url": {"url": "data:image/png;base64,@@"}}], "y")}, "base64"),
+        ({"messages": _talk([{"type": "image", "image": "data:audio/wav;base64,AAAA"}], "y")}, "data: URI of audio"),
+        ({"messages": _talk([{"type": "input_audio", "input_audio": {"data": "@"}}], "y")}, "base64"),
+        ({"messages": _talk("x", "<image>y"), "images": ["a.png"]}, "a picture stands in a assistant turn"),
+        ({"prompt": "x", "completion": 3}, "`completion` is a int"),
+        ({"messages": _talk("<audio><audio>x", "y"), "audios": ["a.wav"]}, "2 audio placeholder"),
+    ],
+)
+def test_hostile_and_broken_conversations(tmp_path, row, text):
+    picture(tmp_path / "a.png")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"messages": _talk("a", "b")}))
+    form = next(
+        form
+        for key, form in {"prompt": "prompt", "conversations": "llava", "": "messages"}.items()
+        if key in {*row, ""}
+    )
+    assert text in load(tmp_path / "rows.jsonl", format=form).bad[0][1]
