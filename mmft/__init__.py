@@ -12,6 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = [
     "build_data",
+    "check",
     "combine",
     "evaluate",
     "export_model",
@@ -125,6 +126,29 @@ def inspect(
     from mmft.backbones.inspect import inspect_model
 
     return inspect_model(model, revision, tuple(targets), layers=layers, exclude=tuple(exclude), adapter=adapter)
+
+
+def check(
+    data: RecipeLike | Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    *,
+    against: Sequence[str | Path] = (),
+    model: str | None = None,
+    max_length: int | None = None,
+    allow: Sequence[str] = (),
+    fix: str | Path | None = None,
+    out: str | Path = "bad_rows.jsonl",
+    workers: int | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Open every row of a recipe's sets or of data files before training; what is wrong with which row, by cause."""
+    from mmft.quiet import quiet_upstream
+
+    quiet_upstream()
+    from mmft.checking import check as run
+
+    options: dict[str, Any] = {"against": against, "model": model, "max_length": max_length, "allow": allow}
+    return run(data, overrides, fix=fix, out=out, workers=workers, quiet=quiet, **options)
 
 
 def plan(recipe: RecipeLike, overrides: Sequence[str] = ()) -> dict[str, Any]:

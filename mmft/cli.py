@@ -65,6 +65,40 @@ def validate(recipe: Recipe, overrides: Overrides = None, as_json: Json = False)
 
 
 @app.command()
+def check(
+    data: Annotated[list[str], typer.Argument(help="A recipe (YAML, then key=value), or data files and folders.")],
+    against: Annotated[list[Path] | None, typer.Option(help="Evaluation data that rows may not be in.")] = None,
+    model: Annotated[str | None, typer.Option(help="Whose processor counts tokens, without a recipe.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest row in tokens, without a recipe.")] = None,
+    allow: Annotated[str, typer.Option(help="Causes to let pass, with commas: alpha,rotated.")] = "",
+    fix: Annotated[Path | None, typer.Option(help="Write the training sets without their bad rows here.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the bad rows are listed.")] = Path("bad_rows.jsonl"),
+    workers: Annotated[int | None, typer.Option(help="Processes; one for each core if not given.")] = None,
+    quiet: Annotated[bool, typer.Option(help="Print only the result.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Open every row before training and say what is wrong with which; exit code 3 when a row is bad."""
+    recipe = data[0].endswith((".yaml", ".yml"))
+    values = mmft.check(
+        data[0] if recipe else data,
+        data[1:] if recipe else (),
+        against=against or [],
+        model=model,
+        max_length=max_length,
+        allow=[cause for cause in allow.split(",") if cause],
+        fix=fix,
+        out=out,
+        workers=workers,
+        quiet=quiet,
+    )
+    from mmft.summary import check_text
+
+    _show(values, as_json=as_json, text=check_text(values))
+    if values["bad"]:
+        raise typer.Exit(3)
+
+
+@app.command()
 def plan(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -> None:
     """Print parts, trainable counts, rows, token lengths, steps and memory; train nothing."""
     from mmft.summary import plan_text

@@ -172,3 +172,18 @@ def plan_text(values: dict[str, Any]) -> str:
     lines.append("memory estimate: " + ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in memory.items()))
     lines += [f"note: {note}" for note in values.get("notes", [])]
     return "\n".join(lines)
+
+
+def check_text(values: dict[str, Any]) -> str:
+    """The result for a terminal: a table by cause with the first lines of each, and what was written."""
+    lines = [f"{values['rows']} rows looked at in {values['seconds']:.1f} s, {values['bad']} bad"]
+    if values["causes"]:
+        cells = [
+            [one["cause"], str(one["rows"]), ", ".join(one["first"]), str(one["reason"])[:80]]
+            for one in values["causes"]
+        ]
+        lines += grid(["cause", "rows", "first", "reason of the first"], cells)
+        lines.append(f"every bad row with its reasons: {values['bad_rows']}")
+    for one in values["fixed"]:
+        lines.append(f"{one['rows']} good rows: {one['file']} (media_root: {one['media_root']})")
+    return "\n".join([*lines, *values["notes"]])

@@ -49,6 +49,7 @@ FLOORS = {
     "outcome": 5,
     "run": 5,
     "planning": 5,
+    "checking": 5,
     "tracing": 5,
     "answer": 5,
     "prove": 5,

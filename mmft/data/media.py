@@ -207,6 +207,25 @@ def image_size(ref: MediaRef, *, max_pixels: int) -> tuple[int, int]:
         return (height, width) if image.getexif().get(_ORIENTATION) in _ROTATED else (width, height)
 
 
+def picture_traits(ref: MediaRef, *, max_pixels: int) -> tuple[str, ...]:
+    """What `open_image` changes in silence, from the header: frames, colours, depth, alpha or rotation lost."""
+    found = []
+    with header(ref, max_pixels) as image:
+        if getattr(image, "n_frames", 1) > 1:
+            found.append(f"the picture is animated ({image.n_frames} frames); the first one is taken")  # type: ignore[attr-defined]
+        if image.mode in ("CMYK", "YCbCr", "LAB", "HSV") and not (image.mode == "YCbCr" and image.format == "JPEG"):
+            found.append(f"the picture is {image.mode}; it is converted to RGB")
+        tiles = getattr(image, "tile", None)
+        raw = str(tiles[0][3]) if tiles else ""  # 16-bit RGB comes as 8 bits from Pillow
+        if image.mode.startswith("I;16") or image.mode in ("I", "F") or ";16" in raw:
+            found.append(f"the picture has more than 8 bits a channel ({image.mode}); it is scaled to 8")
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            found.append("the picture has an alpha channel; it is put on white")
+        if (turned := image.getexif().get(_ORIENTATION, 1)) != 1:
+            found.append(f"the picture is turned by its EXIF orientation {turned}")
+    return tuple(found)
+
+
 def open_image(ref: MediaRef, *, max_pixels: int) -> Image.Image:
     """The picture as 8-bit RGB, upright by its EXIF orientation, alpha composited on white, first frame only.
 

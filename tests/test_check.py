@@ -1,0 +1,124 @@
+"""`mmft check`: every spoilt row is found with its line and reason, and no other."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import mmft
+from mmft.data.causes import CAUSES, cause_of
+from mmft.data.formats import load_samples
+from mmft.data.inspect_rows import Look, inspect_rows
+from mmft.data.likeness import Likes, likeness
+from mmft.errors import DataError, RecipeError
+from mmft.recipe.schema import DataSource
+from tests.data import small, spoilt
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("check") / "data"
+    small.processor().save_pretrained(folder.parent / "model")
+    return folder, spoilt.make(folder, rows=400, of_each=2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_exactly_the_spoilt_rows_are_found(made, workers, tmp_path, monkeypatch):
+    folder, expected = made
+    assert len(set(expected.values())) == 20 and len(expected) == 40
+    options = {"against": [folder / "eval.jsonl"], "workers": workers, "quiet": True, "max_length": 2000}
+    monkeypatch.setattr("mmft.checking.load_processor", lambda _: small.processor())
+    found = mmft.check(
+        [folder / "train.jsonl"], model="small", out=tmp_path / "bad.jsonl", fix=tmp_path / "clean.jsonl", **options
+    )
+    rows = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert {int(row["where"].rsplit(":", 1)[1]): row["cause"] for row in rows} == expected
+    assert all(row["reason"] for row in rows) and found["bad"] == 40 and found["rows"] == 420
+    assert {one["cause"]: one["rows"] for one in found["causes"]} == dict.fromkeys(spoilt.KINDS, 2)
+    lines = (folder / "train.jsonl").read_bytes().splitlines(keepends=True)
+    assert (tmp_path / "clean.jsonl").read_bytes() == b"".join(
+        line for at, line in enumerate(lines, 1) if at not in expected
+    )
+    os.replace(tmp_path / "clean.jsonl", folder / "clean.jsonl")
+    again = mmft.check([folder / "clean.jsonl"], model="small", out=tmp_path / "none", **options)
+    assert again["bad"] == 0 and not (tmp_path / "none").exists()
+    (folder / "clean.jsonl").unlink()
+
+
+def test_the_command_prints_a_table_and_has_an_exit_code(made, tmp_path):
+    folder, expected = made
+    run = [sys.executable, "-m", "mmft", "check", str(folder / "train.jsonl"), "--out", "bad.jsonl", "--quiet"]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 3, done.stderr
+    assert re.search(r"json +2 +train.jsonl:", done.stdout), done.stdout
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 36  # no model: no lengths; no evaluation set
+    allowed = ",".join(cause for cause in CAUSES if cause not in ("over_long", "leak"))
+    done = subprocess.run([*run, "--allow", allowed], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stdout
+
+
+def test_what_is_asked_wrongly(made, tmp_path):
+    folder, _ = made
+    with pytest.raises(RecipeError, match="'alfa' is no cause[\\s\\S]*nearest: 'alpha'"):
+        mmft.check([folder / "train.jsonl"], allow=["alfa"], quiet=True)
+    with pytest.raises(DataError, match="would overwrite its source"):
+        mmft.check([folder / "eval.jsonl"], fix=folder / "eval.jsonl", out=tmp_path / "x", quiet=True)
+    with pytest.raises(DataError, match="no data file"):
+        mmft.check([folder / "trian.jsonl"], quiet=True)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])
+def test_clean_sets_of_every_kind_of_file(tmp_path, suffix):
+    import pandas as pd
+
+    frame = pd.DataFrame({"question": ["a", "b", "c"], "answer": ["x", " ", "z"]})
+    path, out = tmp_path / f"rows.{suffix}", tmp_path / f"clean.{suffix}"
+    if suffix == "json":
+        path.write_text(frame.to_json(orient="records"))
+    else:
+        getattr(frame, f"to_{suffix}")(path, index=False)
+    found = mmft.check([path], fix=out, out=tmp_path / "bad", quiet=True)
+    if suffix == "json":  # all rows of a file written in one line stand at line 1
+        assert found["bad"] == 1
+        return
+    assert found["fixed"][0]["rows"] == 2 and found["causes"][0]["cause"] == "empty_answer"
+    assert [sample.question for sample in load_samples(DataSource(path=str(out)), seed=0).samples] == ["a", "c"]
+
+
+def test_a_row_that_kills_its_process_is_named(made, monkeypatch):
+    folder, _ = made
+    samples = load_samples(DataSource(path=str(folder / "eval.jsonl")), seed=0).samples * 5
+    import mmft.data.inspect_rows as module
+
+    real = module.look_at
+
+    def deadly(sample, look):
+        if sample is samples[41]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(sample, look)
+
+    monkeypatch.setattr(module, "look_at", deadly)
+    seen = inspect_rows(samples, Look(10**6), workers=2)
+    dead = [at for at, one in enumerate(seen) if one.reasons]
+    assert set(dead) == {at for at, sample in enumerate(samples) if sample is samples[41]} and len(seen) == 100
+    assert cause_of(seen[41].reasons[0]) == "other"
+
+
+def test_looks():
+    likes = Likes()
+    for seed in range(50):
+        likes.add(likeness(spoilt.picture(seed)), str(seed))
+    import io
+
+    from PIL import Image
+
+    again = Image.open(io.BytesIO(spoilt.encoded(spoilt.picture(7), "JPEG", quality=70))).convert("RGB")
+    assert likes.find(likeness(again)) == likes.find(likeness(again.resize((96, 96)))) == "7"
+    assert all(likes.find(likeness(spoilt.picture(seed))) is None for seed in range(100, 400))
+    assert not likeness(Image.new("RGB", (20, 20), (9, 9, 9))).telling
