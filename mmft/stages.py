@@ -239,9 +239,9 @@ def train_stage(
         identity=identity(recipe, adapted.backbone, datasets, plan)
         | ({"objective": source_digest(factory)} if factory else {}),
     )
-    engine = Engine(
-        job, accelerator=accelerator, journal=run.journal, callbacks=[Progress(run.journal), writer, *extra]
-    )
+    watchers = kind_of(recipe).watchers(run, adapted, datasets)
+    callbacks = [Progress(run.journal), *watchers, writer, *extra]
+    engine = Engine(job, accelerator=accelerator, journal=run.journal, callbacks=callbacks)
     begin = time.monotonic()
     state = engine.fit(resume=resume)
     if accelerator.is_main_process:

@@ -21,6 +21,7 @@ from mmft.data.loader import assemble
 from mmft.data.media import open_image
 from mmft.data.order import StepPlan
 from mmft.data.render import IGNORED, Renderer
+from mmft.data.sounds import open_audio
 from mmft.engine.loop import Engine
 from mmft.errors import RecipeError
 from mmft.export.merge import merge_adapter
@@ -70,6 +71,8 @@ def _data_stations(recipe: Recipe, datasets: Datasets, batch: Batch, *, row: int
     step = next((s for s in range(total) if any(seen == row for seen, _ in plan.step_rows(s))), None)
     turns = f"{len(sample.turns)} turns, {len(sample.media)} media"
     pictures = [open_image(ref, max_pixels=recipe.data.max_image_pixels) for ref in sample.media if ref.kind == "image"]
+    rate = getattr(getattr(renderer, "feature_extractor", None), "sampling_rate", 16000)
+    sounds = [open_audio(ref, sampling_rate=rate) for ref in sample.media if ref.kind == "audio"]
     rendered: list[Station] = []
     if isinstance(renderer, Renderer):
         row_alone = renderer.render(sample)
@@ -92,6 +95,10 @@ def _data_stations(recipe: Recipe, datasets: Datasets, batch: Batch, *, row: int
         *(
             _station("4 media", open_image, what=f"{image.mode} image", shape=str(image.size), value=image.tobytes())
             for image in pictures
+        ),
+        *(
+            _station("4 media", open_audio, what=f"sound at {rate} Hz", shape=str(sound.shape), value=sound.tobytes())
+            for sound in sounds
         ),
         *rendered,
         *(

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel
 
 from mmft.recipe.check_objective import FUSION_READS_NOT
+from mmft.recipe.check_pairs import ONLY_PAIRS_READ, PAIRS_READ_NOT
 from mmft.recipe.load import load_recipe
 from mmft.recipe.normal import bare, sections
 from mmft.recipe.objective import READS
@@ -84,7 +85,8 @@ FIELDS = {
     "data.train.*": "path name format media_root num_samples columns",
     "objective": "name",
     "objective: sft": "label_smoothing_factor",
-    "objective: contrastive": "loss captions_per_image train_logit_scale",
+    "objective: contrastive": "loss captions_per_image train_logit_scale cache_features probe_set probe_max_drop"
+    " probe_action",
     "objective: captioning": "label_smoothing_factor captions_per_image prompt",
     "objective: classification": "label_smoothing_factor task classes strategy pooling hidden_size modality_dropout"
     " auxiliary_weight modality_learning_rates balance focal_gamma cache_features",
@@ -93,8 +95,8 @@ FIELDS = {
     " adam_epsilon max_grad_norm bf16 gradient_checkpointing logging_steps eval_steps save_steps save_total_limit"
     " early_stopping_patience load_best_model_at_end dataloader_num_workers report_to",
     "evaluate": "models metrics per_device_eval_batch_size max_new_tokens num_beams top_p temperature group_by"
-    " bootstrap_samples",
-    "export": "merge merge_onto dtype max_shard_size verify_rows",
+    " class_tag templates bootstrap_samples",
+    "export": "merge merge_onto dtype max_shard_size interpolate verify_rows",
 }
 """Every knob of a recipe. A new one is added here on purpose, with a test of what it does."""
 
@@ -353,7 +355,9 @@ def test_the_knobs_are_those_of_the_list():
 def test_the_knobs_stay_within_their_budget():
     fields = _fields()
     common = sum(len(names) for section, names in fields.items() if not section.startswith("objective: "))
-    refused = {"classification": len(FUSION_READS_NOT)}
+    refused = {name: len(ONLY_PAIRS_READ) for name in READS}
+    refused["classification"] += len(FUSION_READS_NOT)
+    refused["contrastive"] = len(PAIRS_READ_NOT) + len(("evaluate.metrics", "evaluate.group_by"))
     for name in READS:
         assert common + len(fields[f"objective: {name}"]) - refused.get(name, 0) <= MOST_FIELDS, name
 

@@ -13,9 +13,11 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from mmft.data.collate import Batch
@@ -24,6 +26,7 @@ from mmft.data.media import kind_of_name, open_image
 from mmft.data.references import media_reference
 from mmft.data.render import OverLength
 from mmft.data.sample import MediaKind, MediaRef, Sample
+from mmft.data.sounds import open_audio
 from mmft.errors import DataError, MmftError, Problem
 from mmft.seeds import fold, generator
 
@@ -174,7 +177,7 @@ def open_medium(sample: Sample, opened: Callable[[MediaRef], Any]) -> Any:
 
 
 class PairRenderer:
-    """Samples to batches with a dual encoder's processor (`tokenizer` and `image_processor`).
+    """Samples to batches with a dual encoder's processor (`tokenizer`, and `image_processor` or `feature_extractor`).
 
     `captions`: how many texts of a picture a step sees, drawn by (seed, epoch, id); 0 means all. Texts are padded to
     the longest of the batch where the model takes an attention mask, else to the tokenizer's own length, which such
@@ -193,9 +196,11 @@ class PairRenderer:
     ) -> None:
         self.tokenizer: Any = getattr(processor, "tokenizer", None)
         self.image_processor: Any = getattr(processor, "image_processor", None)
-        if self.tokenizer is None or self.image_processor is None:
+        self.feature_extractor: Any = getattr(processor, "feature_extractor", None)
+        self.medium: MediaKind = "audio" if self.image_processor is None else "image"
+        if self.tokenizer is None or (self.image_processor is None and self.feature_extractor is None):
             raise DataError(
-                "pairs need a processor with a tokenizer and an image processor",
+                "pairs need a processor with a tokenizer and an image processor or a feature extractor of sounds",
                 where=type(processor).__name__ if processor is not None else "no processor",
                 do="put the processor's files into the model folder",
             )
@@ -231,7 +236,7 @@ class PairRenderer:
             groups += [*[group_of(sample)] * len(own), *[EXTRA] * len(sample.negatives)]
         words = self.encode_texts(texts)
         left = torch.tensor([group_of(sample) for sample, _ in rows])
-        inputs = {**self.encode_images([sample for sample, _ in rows]), **words}
+        inputs = {**self.encode_media([sample for sample, _ in rows]), **words}
         ids = words["input_ids"]
         tokens = int(words["attention_mask"].sum()) if "attention_mask" in words else ids.numel()
         return Batch(
@@ -255,14 +260,51 @@ class PairRenderer:
         )
         return dict(found)
 
+    def encode_media(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """What the other side is given for some samples: pictures, or sounds where the processor takes these."""
+        for sample in samples:
+            if sample.media[0].kind != self.medium:
+                kinds = (_CALLED[sample.media[0].kind], _CALLED[self.medium])
+                raise DataError(
+                    f"the row has a {kinds[0]}, and the model takes {kinds[1]}s",
+                    where=sample.where or sample.id,
+                    do=f"give every row a {kinds[1]}, or choose a model of {kinds[0]}s and texts",
+                )
+        return self.encode_images(samples) if self.medium == "image" else self.encode_sounds(samples)
+
     def encode_images(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         """What the picture side is given for some samples."""
         pictures = [open_picture(sample, max_image_pixels=self.max_image_pixels) for sample in samples]
-        try:
+        with _refusals("image processor", samples, "look at the pictures' sizes"):
             return dict(self.image_processor(images=pictures, return_tensors="pt"))
-        except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
-            raise DataError(
-                f"the image processor refused the rows: {type(error).__name__}: {error}",
-                where=", ".join(itertools.islice((sample.where or sample.id for sample in samples), 5)),
-                do="look at the pictures' sizes",
-            ) from error
+
+    def encode_sounds(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """What the sound side is given for some samples, resampled to the rate it was trained with.
+
+        CLAP's extractor cuts a long sound at a random place (of numpy's global state): here a row is always cut at the
+        same place, by (seed, id).
+        """
+        rate, parts = self.feature_extractor.sampling_rate, []
+        state = np.random.get_state()
+        try:
+            for sample in samples:
+                sound = open_medium(sample, lambda ref: open_audio(ref, sampling_rate=rate))
+                np.random.seed(fold(self.seed, "sounds", sample.source, sample.id) % 2**32)
+                with _refusals("feature extractor", [sample], "look at the sound's length"):
+                    parts.append(dict(self.feature_extractor(sound, sampling_rate=rate, return_tensors="pt")))
+        finally:
+            np.random.set_state(state)
+        return {key: torch.cat([torch.as_tensor(part[key]) for part in parts]) for key in parts[0]}
+
+
+@contextmanager
+def _refusals(what: str, samples: Sequence[Sample], do: str) -> Iterator[None]:
+    """A processor's error about some rows as a DataError that names them."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+        raise DataError(
+            f"the {what} refused the rows: {type(error).__name__}: {error}",
+            where=", ".join(itertools.islice((sample.where or sample.id for sample in samples), 5)),
+            do=do,
+        ) from error

@@ -250,8 +250,9 @@ class Engine:
             patience = section.early_stopping_patience
             if patience and state.evaluations_without_gain >= patience:
                 state.stopped = f"no better loss in {patience} evaluations"
+        metrics = {"eval_loss": loss}  # one for all: a callback may add to it for those behind
         for callback in self.callbacks:
-            callback.on_evaluate(state, {"eval_loss": loss})
+            callback.on_evaluate(state, metrics)
 
     def evaluate_loss(self, samples: Sequence[Sample]) -> float:
         """Mean loss over all supervised positions of `samples`, without gradients; the same on every rank."""

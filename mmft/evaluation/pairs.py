@@ -13,10 +13,13 @@ from mmft.data.pairs import PairRenderer, group_of
 from mmft.data.sample import Sample
 from mmft.evaluation.retrieval import Direction, compare, retrieve
 from mmft.evaluation.scores import PAIRS
-from mmft.objectives.contrastive_embed import embed, sides
+from mmft.objectives.contrastive_embed import Side, embed, sides
 from mmft.seeds import fold
 
-HEADLINE = "image_to_text_r@1"
+
+def headline(both: tuple[Side, Side]) -> str:
+    """The score that stands for a run: R@1 from pictures (or sounds) to texts."""
+    return f"{both[0]}_to_{both[1]}_r@1"
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,9 @@ class PairEmbeddings:
     right: Tensor
     left_groups: tuple[int, ...]
     right_groups: tuple[int, ...]
+    sides: tuple[Side, Side] = ("image", "text")
 
 
-@torch.no_grad()
 def embed_pairs(
     model: nn.Module,
     renderer: PairRenderer,
@@ -38,47 +41,62 @@ def embed_pairs(
     batch_size: int,
     progress: Callable[[int], None] | None = None,
 ) -> PairEmbeddings:
-    """Embeddings of the samples' pictures and of all their texts; hard negatives are texts of no group.
+    """Embeddings of the samples' pictures (or sounds) and of all their texts; hard negatives are texts of no group.
 
     Each text is embedded once, however many pictures share it. The model is put into eval() and back.
     """
-    was_training = model.training
-    model.eval()
-    first = next(model.parameters())
-    left, right = sides(model)
     numbers = {group: number for number, group in enumerate(dict.fromkeys(map(group_of, samples)))}
     owners = [(text, numbers[group_of(one)]) for one in samples for text in one.answers]
     owners += [(text, -1) for one in samples for text in one.negatives]
     texts = list(dict.fromkeys(text for text, _ in owners))
-
-    def run(inputs: Mapping[str, Tensor], side: Any) -> Tensor:
-        placed = {key: value.to(first.device) for key, value in inputs.items()}
-        cast = {
-            key: value.to(model.dtype) if value.is_floating_point() else value  # type: ignore[arg-type]
-            for key, value in placed.items()
-        }
-        return embed(model, cast, side).float().cpu()
-
-    try:
-        pictures = []
-        for start in range(0, len(samples), batch_size):
-            chosen = samples[start : start + batch_size]
-            pictures.append(run(renderer.encode_images(chosen), left))
-            if progress is not None:
-                progress(len(chosen))
-        words = [
-            run(renderer.encode_texts(texts[start : start + batch_size]), right)
-            for start in range(0, len(texts), batch_size)
-        ]
-    finally:
-        model.train(was_training)
+    left = embed_media(model, renderer, samples, batch_size=batch_size, progress=progress)
+    words = embed_texts(model, renderer, texts, batch_size=batch_size)
     place = {text: number for number, text in enumerate(texts)}
     return PairEmbeddings(
-        left=torch.cat(pictures),
-        right=torch.cat(words)[[place[text] for text, _ in owners]],
+        left=left,
+        right=words[[place[text] for text, _ in owners]],
         left_groups=tuple(numbers[group_of(one)] for one in samples),
         right_groups=tuple(group for _, group in owners),
+        sides=sides(model),
     )
+
+
+def embed_media(
+    model: nn.Module,
+    renderer: PairRenderer,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """(rows, width) embeddings of the samples' pictures or sounds; the model is put into eval() and back."""
+    found = []
+    for start in range(0, len(samples), batch_size):
+        chosen = samples[start : start + batch_size]
+        found.append(_embedded(model, renderer.encode_media(chosen), sides(model)[0]))
+        if progress is not None:
+            progress(len(chosen))
+    return torch.cat(found)
+
+
+def embed_texts(model: nn.Module, renderer: PairRenderer, texts: Sequence[str], *, batch_size: int) -> Tensor:
+    """(texts, width) embeddings; the model is put into eval() and back."""
+    parts = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+    return torch.cat([_embedded(model, renderer.encode_texts(part), sides(model)[1]) for part in parts])
+
+
+@torch.no_grad()
+def _embedded(model: nn.Module, inputs: Mapping[str, Tensor], side: Side) -> Tensor:
+    modes = {module: module.training for module in model.modules()}
+    device, dtype = next(model.parameters()).device, model.dtype
+    placed = {key: value.to(device) for key, value in inputs.items()}
+    cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in placed.items()}  # type: ignore[arg-type]
+    model.eval()
+    try:
+        return embed(model, cast, side).float().cpu()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def score_pairs(
@@ -86,8 +104,8 @@ def score_pairs(
 ) -> dict[str, Any]:
     """`headline`, `scores` and `sets` of the report from embeddings by model and set.
 
-    Scores are named `image_to_text_r@1`, ..., `text_to_image_map`; `ranks` holds the median ranks. All models of a set
-    are resampled by the same draws.
+    Scores are named `image_to_text_r@1`, ..., `text_to_image_map` (`audio_to_text_...` for sounds); `ranks` holds the
+    median ranks. All models of a set are resampled by the same draws.
     """
     names = next(iter(found.values())).keys()
     sets = {
@@ -98,7 +116,8 @@ def score_pairs(
         )
         for name in names
     }
-    return {"headline": HEADLINE, "scores": next(iter(sets.values()))["scores"], "sets": sets}
+    first = next(iter(next(iter(found.values())).values()))
+    return {"headline": headline(first.sides), "scores": next(iter(sets.values()))["scores"], "sets": sets}
 
 
 def _score_set(models: Mapping[str, PairEmbeddings], *, resamples: int, seed: int) -> dict[str, Any]:
@@ -108,6 +127,7 @@ def _score_set(models: Mapping[str, PairEmbeddings], *, resamples: int, seed: in
             one.right,
             left_groups=one.left_groups,
             right_groups=one.right_groups,
+            names=one.sides,
             resamples=resamples,
             seed=seed,
         )
@@ -130,7 +150,7 @@ def _score_set(models: Mapping[str, PairEmbeddings], *, resamples: int, seed: in
                     directions[first][way], directions[second][way], resamples=resamples, seed=seed
                 ).items()
             }
-            paired[f"{first}-{second}"] = {**metrics[HEADLINE], "metrics": metrics}
+            paired[f"{first}-{second}"] = {**metrics[headline(models[first].sides)], "metrics": metrics}
     rows = len(next(iter(models.values())).left_groups)
     return {"rows": rows, "scores": scores, "ranks": ranks, "paired": paired, "groups": {}}
 

@@ -106,7 +106,7 @@ def _context(
         "verdict": verdict(report, records),
         "models": [(model, Markup(legend_shape(index, model))) for index, model in enumerate(models)],
         "sets": [_set(name, entry, models, headline=headline, records=records) for name, entry in sets.items()],
-        "curves": _curves(metrics),
+        "curves": [*_curves(metrics), *_charts(report.get("charts") or [])],
         "merge": _merge(report.get("merge") or {}),
         "parts": _parts((report.get("training") or {}).get("parts") or []),
         "facts": _facts(report),
@@ -216,15 +216,36 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     titles = {
         "loss": ("Loss", {"train": "loss", "eval": "eval_loss"}),
         "rate": ("Learning rate", {"learning rate": "learning_rate"}),
+        "probe": ("Probe set: R@1", {"probe": "probe_r@1"}),
     }
     curves = []
     for title, names in titles.values():
         series = {shown: _points(metrics, key) for shown, key in names.items()}
-        chart = line_chart(series, title=f"{title} over steps")
-        if chart:
-            kept = [(shown, f"s-{shown.replace(' ', '-')}") for shown, points in series.items() if points]
-            curves.append({"title": title, "svg": Markup(chart), "series": kept if len(kept) > 1 else []})
+        curves.extend(_chart(title, series, x_label="step"))
     return curves
+
+
+def _charts(charts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Further curves of report.json: `title`, `x_label`, `series` by name as [[x, y], ...]; two series at most have a
+    colour of their own."""
+    colours = ("train", "eval")
+    found = []
+    for chart in charts:
+        series = {name: [(float(x), float(y)) for x, y in points] for name, points in chart["series"].items()}
+        known = dict(zip(series, colours, strict=False))
+        drawn = {known.get(name, name): points for name, points in series.items()}
+        for one in _chart(chart["title"], drawn, x_label=chart["x_label"]):
+            legend = [(name, f"s-{known.get(name, name)}") for name in series]
+            found.append({**one, "series": legend if len(legend) > 1 else []})
+    return found
+
+
+def _chart(title: str, series: Mapping[str, Sequence[Point]], *, x_label: str) -> list[dict[str, Any]]:
+    chart = line_chart(series, title=f"{title} over {x_label}s" if x_label == "step" else title, x_label=x_label)
+    if not chart:
+        return []
+    kept = [(shown, f"s-{shown.replace(' ', '-')}") for shown, points in series.items() if points]
+    return [{"title": title, "svg": Markup(chart), "series": kept if len(kept) > 1 else []}]
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], key: str) -> list[Point]:

@@ -89,6 +89,18 @@ def retrieve(
     return found
 
 
+def recall_at_one(
+    left: Tensor, right: Tensor, *, left_groups: Sequence[int] | Tensor, right_groups: Sequence[int] | Tensor
+) -> float:
+    """R@1 from left to right without an interval, by the rules of `retrieve`: a few products, for use in training."""
+    own, other = _groups(left, left_groups, "left"), _groups(right, right_groups, "right")
+    asked = np.flatnonzero(own >= 0)
+    answers = _answers(own[asked], other)
+    queries, rows = (value.detach().to("cpu", torch.float64) for value in (left, right))
+    wrong = _places(queries[torch.from_numpy(asked)], rows, answers)[0]
+    return float((np.where(answers >= 0, wrong, 1).min(axis=1) == 0).mean())
+
+
 def compare(first: Direction, second: Direction, *, resamples: int = 1000, seed: int = 0) -> dict[str, Difference]:
     """Paired differences `first - second` of two models on the same queries, by score (median rank left out)."""
     if not np.array_equal(first.groups, second.groups):

@@ -19,6 +19,7 @@ from mmft.backbones.load import Backbone, load_backbone
 from mmft.data.formats import Loaded
 from mmft.data.loader import RowRenderer
 from mmft.data.sample import Sample
+from mmft.engine.callbacks import Callback
 from mmft.errors import DataError, RecipeError
 from mmft.objectives.base import Objective
 from mmft.recipe.schema import ModelSection, Recipe
@@ -85,6 +86,10 @@ class Kind(ABC):
     def settle(self, recipe: Recipe, adapted: Adapted, datasets: Datasets) -> None:
         """What is fitted when training is over, before the model is kept; nothing by default."""
         return None
+
+    def watchers(self, run: RunFolder, adapted: Adapted, datasets: Datasets) -> list[Callback]:
+        """Callbacks that watch training, called before the one that writes metrics, so they may add to them."""
+        return []
 
     # -- after training ---------------------------------------------------------------------------------------------
 

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmft.adapters.build import PREFIX, Adapted, ParamGroup
+from mmft.adapters.build import PREFIX, Adapted, ParamGroup, set_modes
 from mmft.adapters.folder import WEIGHTS
-from mmft.backbones.load import load_backbone
+from mmft.backbones.load import Backbone, load_backbone
 from mmft.data.loader import RowRenderer
+from mmft.data.pair_preview import write_pair_preview
 from mmft.data.pairs import PairRenderer, merge_pairs
 from mmft.data.sample import Sample
+from mmft.engine.callbacks import Callback
+from mmft.engine.memory import estimate_memory
 from mmft.errors import ExportError
-from mmft.evaluation.pairs import embed_pairs, largest_difference, score_pairs
+from mmft.evaluation.pairs import embed_pairs, largest_difference
 from mmft.files import write_json
-from mmft.kinds.base import Datasets, Kind, folder_section, models
+from mmft.kinds.base import Datasets, Kind, folder_section
+from mmft.kinds.forgetting import RESULT as PROBE
+from mmft.kinds.forgetting import guards
+from mmft.kinds.pairs_scores import evaluate_pairs
 from mmft.objectives.base import Objective
 from mmft.objectives.contrastive import ContrastiveObjective
 from mmft.objectives.contrastive_embed import scales
+from mmft.objectives.contrastive_locked import LockedTower, check_locked, lock_towers
 from mmft.recipe.schema import Recipe
 from mmft.runfolder import RunFolder, read_json
 
@@ -60,8 +67,15 @@ class Pairs(Kind):
         return free_scales(adapted) if recipe.objective.train_logit_scale else adapted
 
     def objective(self, recipe: Recipe, adapted: Adapted, datasets: Datasets) -> Objective:
-        """InfoNCE or the sigmoid loss over whole optimizer steps."""
-        return ContrastiveObjective(adapted.model, kind=recipe.objective.loss)
+        """InfoNCE or the sigmoid loss over whole optimizer steps; frozen towers remember their features if asked to."""
+        objective = ContrastiveObjective(adapted.model, kind=recipe.objective.loss)
+        if recipe.objective.cache_features:
+            remember(adapted, datasets)
+        return objective
+
+    def watchers(self, run: RunFolder, adapted: Adapted, datasets: Datasets) -> list[Callback]:
+        """The guard against forgetting, where the recipe names a probe set."""
+        return [*guards(run, adapted.model, datasets)]
 
     def keep(self, recipe: Recipe, adapted: Adapted, folder: Path) -> None:
         """The trained scale and bias."""
@@ -75,25 +89,71 @@ class Pairs(Kind):
 
     def evaluate(self, run: RunFolder, adapted: Adapted, datasets: Datasets) -> None:
         """Retrieval of every model on every set, written to `retrieval.json`."""
-        assert isinstance(datasets.renderer, PairRenderer)
-        found = {}
-        size, total = run.recipe.evaluate.per_device_eval_batch_size, sum(map(len, datasets.evals.values()))
-        for which, model, _ in models(run, adapted, self.base(run.recipe, run.path)):
-            with run.journal.progress(total, f"embeddings of {which}") as bar:
-                found[which] = {
-                    name: embed_pairs(model, datasets.renderer, samples, batch_size=size, progress=bar.update)
-                    for name, samples in datasets.evals.items()
-                }
-        resamples, seed = run.recipe.evaluate.bootstrap_samples, run.recipe.train.seed
-        write_json(run.path / RESULT, score_pairs(found, bootstrap_samples=resamples, seed=seed))
+        write_json(run.path / RESULT, evaluate_pairs(run, adapted, datasets, self.base(run.recipe, run.path)))
 
     def scores(self, run: RunFolder) -> dict[str, Any]:
-        """What `evaluate` wrote; empty before that."""
-        return read_json(run.path / RESULT)
+        """What `evaluate` wrote (empty before that), and what the guard against forgetting saw."""
+        probe = read_json(run.path / PROBE)
+        return read_json(run.path / RESULT) | ({"probe": probe} if probe else {})
 
     def measure(self, renderer: RowRenderer, samples: Sequence[Sample]) -> dict[str, list[int]]:
         """Tokens of each row's longest text."""
         return {"all": [renderer.length(sample) for sample in samples]}
+
+    def memory(
+        self, recipe: Recipe, backbone: Backbone, *, trainable: int, lengths: Mapping[str, Sequence[int]] | None
+    ) -> dict[str, int] | None:
+        """Activations of the text tower and of a tower of patches in one forward (None for another tower, such as a
+        convolutional one), and the step's similarities: both directions with their gradients in float32."""
+        config, micro = backbone.model.config, recipe.train.per_device_train_batch_size
+        seen: Any = getattr(config, "vision_config", None)
+        size, patch = (getattr(seen, name, None) for name in ("image_size", "patch_size"))
+        if not isinstance(size, int) or not isinstance(patch, int):
+            return None
+        texts = micro * max(recipe.objective.captions_per_image, 1)
+        longest = max(lengths["all"]) if lengths else 64
+        activations = 0
+        for tower, tokens in ((config.text_config, texts * longest), (seen, micro * ((size // patch) ** 2 + 1))):
+            estimate = estimate_memory(
+                weight_bytes=0,
+                trainable_parameters=trainable,
+                tokens=tokens,
+                supervised=0,
+                hidden=tower.hidden_size,
+                intermediate=getattr(tower, "intermediate_size", 4 * tower.hidden_size),
+                layers=tower.num_hidden_layers,
+                vocabulary=0,
+                checkpointing=False,
+            )
+            activations += estimate.activations
+        rows = recipe.train.effective_batch_size or micro * recipe.train.gradient_accumulation_steps
+        matrix = 4 * rows * rows * max(recipe.objective.captions_per_image, 1)
+        return {"activations": int(activations), "logits": 4 * matrix}
+
+    def preview(self, recipe: Recipe, processor: Any, samples: Sequence[Sample], path: Path, *, rows: int) -> None:
+        """Each picture as the model gets it, its texts with their tokens, and its hard negatives."""
+        renderer = self.renderer(recipe, processor)
+        assert isinstance(renderer, PairRenderer)
+        write_pair_preview(samples, renderer, path, rows=rows)
+
+
+def remember(adapted: Adapted, datasets: Datasets) -> list[LockedTower]:
+    """Lock the towers on which nothing is trained, and check on a row that this changes nothing.
+
+    Raises RecipeError when every tower is trained.
+    """
+    set_modes(adapted)
+    towers = lock_towers(adapted.model)
+    renderer, sample = datasets.renderer, datasets.train[0]
+    assert isinstance(renderer, PairRenderer)
+    first, dtype = next(adapted.model.parameters()), adapted.backbone.model.dtype
+    one = {**renderer.encode_media([sample]), **renderer.encode_texts(sample.answers[:1])}
+    inputs = {
+        key: (value.to(dtype) if value.is_floating_point() else value).to(first.device) for key, value in one.items()
+    }
+    for tower in towers:
+        check_locked(adapted.model, tower, inputs)
+    return towers
 
 
 def free_scales(adapted: Adapted) -> Adapted:

@@ -20,7 +20,7 @@ def _rows(recipe: Recipe) -> int:
     return section.effective_batch_size or section.per_device_train_batch_size * section.gradient_accumulation_steps
 
 
-def _told(section: Section, name: str) -> bool:
+def told(section: Section, name: str) -> bool:
     """Whether a field has another value than its default; the recipe of a run folder spells out the defaults too."""
     return bool(getattr(section, name) != type(section).model_fields[name].default)
 
@@ -30,7 +30,7 @@ def _unread(name: str) -> Rule:
     return Rule(
         f"objective.{name}",
         (f"objective.{name}", "objective.name"),
-        lambda r: r.objective.name not in by and _told(r.objective, name),
+        lambda r: r.objective.name not in by and told(r.objective, name),
         f"objective.{name}: {{objective.name}} does not read it",
         f"take it out, or set objective.name: {' or '.join(by)}",
     )
@@ -52,7 +52,7 @@ def _not_fused(field: str) -> Rule:
     return Rule(
         field,
         (field, "objective.name"),
-        lambda r: _fused(r) and _told(getattr(r, section), name),
+        lambda r: _fused(r) and told(getattr(r, section), name),
         f"{field}: a classification run writes no text and reads no conversations",
         "take it out",
     )
@@ -71,7 +71,7 @@ OBJECTIVE_RULES: tuple[Rule, ...] = (
     Rule(
         "evaluate.metrics",
         ("evaluate.metrics", "objective.name"),
-        lambda r: _paired(r) and _told(r.evaluate, "metrics"),
+        lambda r: _paired(r) and told(r.evaluate, "metrics"),
         "evaluate.metrics: a contrastive run is scored by retrieval (R@1, R@5, R@10, mAP, median rank)",
         "take it out",
     ),
@@ -99,7 +99,7 @@ OBJECTIVE_RULES: tuple[Rule, ...] = (
     Rule(
         "evaluate.temperature",
         ("evaluate.temperature", "evaluate.top_p"),
-        lambda r: r.evaluate.top_p is None and _told(r.evaluate, "temperature"),
+        lambda r: r.evaluate.top_p is None and told(r.evaluate, "temperature"),
         "evaluate.temperature: nothing is drawn, so it does nothing",
         "set evaluate.top_p (1.0 draws from all tokens), or take it out",
     ),
@@ -136,7 +136,7 @@ OBJECTIVE_RULES: tuple[Rule, ...] = (
     Rule(
         "evaluate.metrics",
         ("evaluate.metrics", "objective.name"),
-        lambda r: _fused(r) and _told(r.evaluate, "metrics"),
+        lambda r: _fused(r) and told(r.evaluate, "metrics"),
         "evaluate.metrics: classification is scored by its task (accuracy to calibration; mae, rmse, r2)",
         "take it out",
     ),

@@ -280,6 +280,10 @@ class EvaluateSection(Section):
     """Scores are divided by it before they are drawn from (with `top_p`)."""
     group_by: tuple[str, ...] = ()
     """Tags of the rows by which the scores are split, for example `type`."""
+    class_tag: str | None = None
+    """Tag that holds a row's class: adds zero-shot classification and a linear probe (`contrastive`)."""
+    templates: tuple[str, ...] = ("{}",)
+    """Sentences a class's name is put into, at `{}`; a class is the mean of them (`contrastive`)."""
     bootstrap_samples: Positive = 1000
     """Resamples behind each 95 % interval."""
 
@@ -295,6 +299,9 @@ class ExportSection(Section):
     """Type of the merged weights; the base's own if not given."""
     max_shard_size: str = "5GB"
     """Largest weight file."""
+    interpolate: tuple[Share, ...] = ()
+    """Models (1 - a) base + a tuned (WiSE-FT): all these a are scored, the first is written to `interpolated/`
+    (`contrastive`)."""
     verify_rows: Count = 8
     """Evaluation rows on which merged and adapter model are compared."""
 

@@ -29,6 +29,7 @@ from mmft.objectives.contrastive import (
     give_bias,
 )
 from mmft.objectives.contrastive_embed import Terms, embed, logit_terms, scales, sides
+from mmft.objectives.contrastive_locked import check_locked, lock_towers
 from mmft.seeds import fold
 from tests.families import kinds_c
 from tests.tiny import tiny_vlm
@@ -167,6 +168,29 @@ def test_rows_without_a_partner_are_refused(left, right, text):
         )
 
 
+@pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
+def test_values_and_gradients_are_those_of_open_clip(kind):
+    losses = pytest.importorskip("open_clip.loss", reason="pip install 'mmft[test]' brings open_clip_torch")
+    groups, bias = torch.arange(9), -3.0 if kind == "sigmoid" else 0.0
+    found = []
+    for ours in (True, False):
+        sides_ = [unit(9, 6, seed).requires_grad_() for seed in (10, 11)]
+        scale, shift = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (12.0, bias))
+        if ours:
+            given = Terms(scale, scale, shift)
+            loss = contrastive_loss(*sides_, left_groups=groups, right_groups=groups, terms=given, kind=kind)
+            value = loss.sum / loss.count
+        elif kind == "infonce":
+            value = losses.ClipLoss()(*sides_, scale)
+        else:
+            value = losses.SigLipLoss()(*sides_, scale, shift)
+        value.backward()
+        learned = [*sides_, scale, *([shift] if kind == "sigmoid" else [])]
+        found.append([value.detach(), *(one.grad for one in learned)])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=0.0, atol=1e-12)
+
+
 # ---------------------------------------------------------------- the models
 
 
@@ -202,6 +226,41 @@ def test_embeddings_give_the_models_own_logits(name):
         assert wanted.std() > 0
         assert (similar * factor + found.bias - wanted).abs().max() <= 1e-6 * max(1.0, float(wanted.abs().max()))
     assert set(scales(model)) <= {"logit_scale", "logit_bias", "logit_scale_a", "logit_scale_t", "temperature"}
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "siglip" not in name])
+@torch.no_grad()
+def test_text_padding_may_be_cut(name):
+    """A row padded to eight tokens more gives the vector of the row without them: rounding of fp32 sums."""
+    model, inputs = _family(name)
+    ids = torch.randint(5, 90, (2, 6), generator=torch.Generator().manual_seed(3))
+    ids[:, -1] = getattr(model.config.text_config, "eos_token_id", None) or 2
+    pad = model.config.text_config.pad_token_id or 0
+    longer = torch.cat([ids, torch.full((2, 8), pad)], dim=1)
+    short = embed(model, {"input_ids": ids, "attention_mask": torch.ones(2, 6, dtype=torch.long)}, "text")
+    mask = torch.cat([torch.ones(2, 6), torch.zeros(2, 8)], dim=1).long()
+    whole = embed(model, {"input_ids": longer, "attention_mask": mask}, "text")
+    assert float((short - whole).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_locked_towers_keep_every_family_exact(name):
+    """Each side's features are the bits they are without memory."""
+    model, inputs = _family(name)
+    model.requires_grad_(False)
+    one = {key: value[:1] for key, value in inputs.items()}
+    plain = {side: embed(model, one, side) for side in sides(model)}
+    towers = lock_towers(model)
+    try:
+        assert [tower.side for tower in towers] == list(sides(model))
+        for tower in towers:
+            check_locked(model, tower, one)
+            assert torch.equal(embed(model, one, tower.side), plain[tower.side])
+            assert tower.hits and tower.misses == 1
+    finally:
+        for tower in towers:
+            tower.release()
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])

@@ -238,6 +238,48 @@ CASES = [
         "objective: {name: classification}\nadapter: {init_lora_weights: eva}\n",
         "adapter.init_lora_weights: eva looks at batches of conversations",
     ),
+    (
+        "objective: {name: contrastive, probe_set: held}\nval_dataset: held.jsonl\n",
+        "objective.probe_set is watched at every evaluation, and train.eval_steps is 0",
+    ),
+    (
+        "objective: {name: contrastive, probe_set: held}\neval_steps: 5\n",
+        "objective.probe_set names an evaluation set, and data.eval is empty",
+    ),
+    ("objective: {probe_set: held}\n", "objective.probe_set: sft does not read it"),
+    ("objective: {probe_max_drop: 0.2}\n", "objective.probe_max_drop: sft does not read it"),
+    ("objective: {probe_action: stop}\n", "objective.probe_action: sft does not read it"),
+    ("evaluate: {class_tag: kind}\n", "evaluate.class_tag classifies with a dual encoder"),
+    (
+        "evaluate: {templates: [a photo of a {}]}\n".replace("[a photo of a {}]", "['a {}']"),
+        "evaluate.templates classifies with a dual encoder",
+    ),
+    (
+        "objective: {name: contrastive}\nevaluate: {templates: [photo]}\n",
+        "evaluate.templates: every template needs one {} where",
+    ),
+    ("export: {interpolate: [0.5]}\n", "export.interpolate scores models between base and tuned by retrieval"),
+    (
+        "objective: {name: contrastive}\nexport: {interpolate: [0.5], merge: false}\n",
+        "export.interpolate needs a merged model and the base in full precision",
+    ),
+    (
+        "objective: {name: contrastive}\nexport: {interpolate: [1.0]}\n",
+        "export.interpolate: 0 is the base and 1 the tuned model",
+    ),
+    *(
+        (
+            f"objective: {{name: contrastive}}\n{section}: {{{name}: {value}}}\n",
+            f"{section}.{name}: a contrastive run writes no text",
+        )
+        for section, name, value in (
+            ("data", "system", "Be short."),
+            ("data", "supervise", "last_answer"),
+            ("evaluate", "max_new_tokens", 8),
+            ("evaluate", "num_beams", 2),
+            ("evaluate", "top_p", 0.9),
+        )
+    ),
 ]
 
 
