@@ -23,7 +23,7 @@ from mmft.data.audit import fingerprint as fingerprint_samples
 from mmft.data.formats import Loaded, load_many, source_name
 from mmft.data.loader import RowRenderer
 from mmft.data.order import StepPlan
-from mmft.data.render import Renderer
+from mmft.data.render import Renderer, TooLongError
 from mmft.data.sample import Sample
 from mmft.engine.callbacks import Callback, MetricsWriter, Progress
 from mmft.engine.guards import Interrupted
@@ -101,13 +101,12 @@ def _rows(recipe: Recipe, loaded: list[Loaded]) -> list[Sample]:
 
 
 def fitting(samples: list[Sample], renderer: RowRenderer, journal: Journal, *, name: str) -> list[Sample]:
-    """The rows that are trained on or answered: all of them, or with `over_length: drop` those short enough.
+    """The rows that are trained on or answered: all of them, or with `over_length: drop` those short enough. Rows that
+    will be cut or whose pictures will shrink are counted, listed as an event, and tried.
 
     Every length is taken before training (no picture is decoded for it), so that a long row is not met hours later.
-    Raises DataError naming the longest rows with `over_length: error`, or when no row is left.
+    Raises DataError naming the longest rows that stay too long, or when no row is left.
     """
-    if renderer.over_length == "truncate_text":
-        return samples
     long: dict[int, int] = {}
     with journal.progress(len(samples), f"{name}: lengths") as bar:
         for index, sample in enumerate(samples):
@@ -118,7 +117,11 @@ def fitting(samples: list[Sample], renderer: RowRenderer, journal: Journal, *, n
     if renderer.over_length == "error":
         _refuse_long(samples, long, renderer, name=name)
         return samples
+    if renderer.over_length in ("truncate_text", "shrink_images"):
+        _shorten(samples, long, renderer, journal, name=name)
+        return samples
     kept = [sample for index, sample in enumerate(samples) if index not in long]
+    _list_long(samples, long, journal, name=name, done="dropped")
     journal.say(f"{name}: dropped {len(long)} of {len(samples)} rows longer than {renderer.max_length} tokens")
     if samples and not kept:
         raise DataError(
@@ -130,6 +133,32 @@ def fitting(samples: list[Sample], renderer: RowRenderer, journal: Journal, *, n
     return kept
 
 
+def _shorten(
+    samples: list[Sample], long: dict[int, int], renderer: RowRenderer, journal: Journal, *, name: str
+) -> None:
+    """Say which rows will be made to fit, after each of them was; a row that cannot is refused now, not hours later."""
+    if not long:
+        return
+    still: dict[int, int] = {}
+    for index, length in long.items():
+        try:
+            if isinstance(renderer, Renderer):
+                renderer.render(samples[index])
+        except TooLongError:
+            still[index] = length
+    if renderer.over_length == "shrink_images" and not isinstance(renderer, Renderer):
+        still = long
+    _refuse_long(samples, still, renderer, name=name)
+    done = "cut" if renderer.over_length == "truncate_text" else "shown smaller pictures"
+    journal.warn(f"{name}: {len(long)} of {len(samples)} rows are longer than {renderer.max_length} tokens and {done}")
+    _list_long(samples, long, journal, name=name, done=done)
+
+
+def _list_long(samples: list[Sample], long: dict[int, int], journal: Journal, *, name: str, done: str) -> None:
+    rows = [[samples[index].where, samples[index].id, length] for index, length in long.items()]
+    journal.event("long_rows", set=name, done=done, rows=rows)
+
+
 def _refuse_long(samples: list[Sample], long: dict[int, int], renderer: RowRenderer, *, name: str) -> None:
     if not long:
         return
@@ -139,7 +168,7 @@ def _refuse_long(samples: list[Sample], long: dict[int, int], renderer: RowRende
             f"the row has {long[index]} tokens (one of {len(long)} over-long rows of {len(samples)} in '{name}')",
             where=samples[index].where or f"id {samples[index].id}",
             allowed=f"at most {renderer.max_length} tokens (data.max_length), image tokens included",
-            do="raise data.max_length, or set data.over_length to drop or truncate_text",
+            do="raise data.max_length, or set data.over_length to drop, truncate_text or shrink_images",
         )
         for index in worst
     )

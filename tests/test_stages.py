@@ -11,10 +11,12 @@ import pytest
 from mmft import stages
 from mmft.data.audit import Audit
 from mmft.data.formats import Loaded
+from mmft.data.render import Renderer
 from mmft.data.sample import Piece, Sample, Turn
 from mmft.errors import DataError, RecipeError
 from mmft.journal import Journal
 from mmft.recipe.schema import TrainSection
+from tests.data import small
 
 
 def samples(count: int) -> list[Sample]:
@@ -55,6 +57,24 @@ def test_rows_are_dropped_only_where_the_recipe_says_so():
     assert stages.fitting(rows, renderer("truncate_text", set()), journal, name="train") is rows
     kept = stages.fitting(rows, renderer("drop", {"0", "2"}), journal, name="train")
     assert [sample.id for sample in kept] == ["0", "2"]
+
+
+def test_rows_that_are_cut_or_shrink_are_counted_and_listed(tmp_path):
+    proc, journal = small.processor("qwen2_vl"), Journal(tmp_path, quiet=True)
+    rows = [small.sample("the dog " * 30, "a cat", id="long"), small.sample("Who?", "a cat", id="short")]
+    cut = Renderer(proc, max_length=40, over_length="truncate_text")
+    assert stages.fitting(rows, cut, journal, name="train") is rows
+    wide = [small.sample("Who?", "a cat", size=(112, 112), id="wide"), rows[1]]
+    room = Renderer(proc, max_length=10**6).length(wide[0]) - 1
+    smaller = Renderer(proc, max_length=room, over_length="shrink_images")
+    assert stages.fitting(wide, smaller, journal, name="train") is wide
+    listed = [event for event in events(tmp_path) if event["kind"] == "long_rows"]
+    assert [(event["done"], [row[1] for row in event["rows"]]) for event in listed] == [
+        ("cut", ["long"]),
+        ("shown smaller pictures", ["wide"]),
+    ]
+    with pytest.raises(DataError, match="the row has"):
+        stages.fitting(rows, Renderer(proc, max_length=20, over_length="shrink_images"), journal, name="train")
 
 
 def test_every_long_row_is_known_before_training_and_the_longest_are_named():

@@ -18,10 +18,11 @@ from PIL import Image
 from mmft.data.masks import AnswerSpans, Span, common_prefix, expand, prefix_spans, token_spans
 from mmft.data.media import image_size, open_image
 from mmft.data.sample import MediaRef, Piece, Sample, Turn
+from mmft.data.shrink import Size, shrink
 from mmft.errors import DataError, MmftError, Problem
 
 IGNORED = -100
-OverLength = Literal["error", "drop", "truncate_text"]
+OverLength = Literal["error", "drop", "truncate_text", "shrink_images"]
 Supervise = Literal["answers", "last_answer"]
 _TEXT_KEYS = ("input_ids", "attention_mask")
 _T = TypeVar("_T")
@@ -143,7 +144,7 @@ class Renderer:
     def _training(self, sample: Sample, *, slow: bool = False) -> Rendered:
         if not sample.turns or sample.turns[-1].role != "assistant":
             raise DataError("the row does not end with an answer", do="end the row with an assistant turn")
-        images = self._images(sample.media)
+        images = self._images(sample.turns, sample.media, prompt=False)
         turns, text, data = self._encoded(sample.turns, images, prompt=False)
         ids = data["input_ids"][0].tolist()
         ranges = None if slow else self._fast_ranges(turns, text, ids)
@@ -163,7 +164,7 @@ class Renderer:
         turns = sample.turns[:-1] if sample.turns and sample.turns[-1].role == "assistant" else sample.turns
         if not turns:
             raise DataError("the row has no question", do="put a user turn before the answer")
-        _, _, data = self._encoded(turns, self._images(sample.media), prompt=True)
+        _, _, data = self._encoded(turns, self._images(turns, sample.media, prompt=True), prompt=True)
         return self._rendered(sample, data, torch.full_like(data["input_ids"][0], IGNORED))
 
     def _rendered(self, sample: Sample, data: dict[str, torch.Tensor], labels: torch.Tensor) -> Rendered:
@@ -175,8 +176,17 @@ class Renderer:
         rows = self._per_row_names() & media.keys() if sample.media else frozenset()
         return Rendered(sample.id, ids, labels, media, len(ids) - count, count, frozenset(rows))
 
-    def _images(self, media: Sequence[MediaRef]) -> list[Image.Image]:
-        return [open_image(ref, max_pixels=self.max_image_pixels) for ref in media]
+    def _images(self, turns: Sequence[Turn], media: Sequence[MediaRef], *, prompt: bool) -> list[Image.Image]:
+        """The row's pictures, all made smaller by one factor where the recipe asks for it and the row is too long."""
+        images = [open_image(ref, max_pixels=self.max_image_pixels) for ref in media]
+        if self.over_length != "shrink_images" or not images:
+            return images
+        room = self.max_length - len(self._plain(self.text(turns, prompt))[0])
+
+        def fits(sizes: Sequence[Size]) -> bool:
+            return sum(map(self._gain, sizes)) <= room
+
+        return images if fits([image.size for image in images]) else shrink(images, fits) or images
 
     def _encoded(
         self, turns: tuple[Turn, ...], images: list[Image.Image], *, prompt: bool
@@ -196,7 +206,7 @@ class Renderer:
         raise TooLongError(
             f"the row has {length} tokens",
             allowed=f"at most {self.max_length} (data.max_length)",
-            do="raise data.max_length, or set data.over_length to drop or truncate_text",
+            do="raise data.max_length, or set data.over_length to drop, truncate_text or shrink_images",
         )
 
     def _process(self, text: str, images: list[Image.Image]) -> dict[str, torch.Tensor]:
@@ -269,16 +279,16 @@ class Renderer:
         return _capped(turns, low)
 
     def _length(self, sample: Sample) -> int:
-        text = self.text(sample.turns)
-        gained = 0
-        for ref in sample.media:
-            size = image_size(ref, max_pixels=self.max_image_pixels)
-            if size not in self._gains:
-                one = (Turn("user", (Piece("image"), Piece("text", "a"))),)
-                blank = self._process(self.text(one), [Image.new("RGB", size)])
-                self._gains[size] = blank["input_ids"].shape[1] - len(self._plain(self.text(one))[0])
-            gained += self._gains[size]
-        return len(self._plain(text)[0]) + gained
+        sizes = [image_size(ref, max_pixels=self.max_image_pixels) for ref in sample.media]
+        return len(self._plain(self.text(sample.turns))[0]) + sum(map(self._gain, sizes))
+
+    def _gain(self, size: Size) -> int:
+        """Tokens that a picture of some size adds to its one placeholder."""
+        if size not in self._gains:
+            one = (Turn("user", (Piece("image"), Piece("text", "a"))),)
+            blank = self._process(self.text(one), [Image.new("RGB", size)])
+            self._gains[size] = blank["input_ids"].shape[1] - len(self._plain(self.text(one))[0])
+        return self._gains[size]
 
     def _per_row_names(self) -> frozenset[str]:
         """Names of the image processor's tensors whose first dimension counts rows, seen on one row of two pictures."""

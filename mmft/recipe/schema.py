@@ -178,8 +178,9 @@ class DataSection(Section):
     """Evaluation sets; the first is the one that `scores` in the report speaks of."""
     max_length: Positive = 2048
     """Longest row in tokens, image tokens included."""
-    over_length: Literal["error", "drop", "truncate_text"] = "error"
-    """What happens to a longer row; image tokens are never cut."""
+    over_length: Literal["error", "drop", "truncate_text", "shrink_images"] = "error"
+    """What happens to a longer row: `truncate_text` takes whole turns off its end, then the ends of its questions;
+    `shrink_images` makes its pictures smaller. Image tokens are never cut; what is changed is counted and listed."""
     system: str | None = None
     """System turn put before rows that have none."""
     supervise: Literal["answers", "last_answer"] = "answers"

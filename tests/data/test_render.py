@@ -238,6 +238,30 @@ def test_a_long_prompt():
     assert 98 <= len(cut.input_ids) <= 100
 
 
+def test_pictures_shrink_until_the_row_fits():
+    proc, one = processor("qwen2_vl"), sample("What is it?", "a cat", images=2, size=(112, 84))
+    whole = Renderer(proc, max_length=10**6).render(one)
+    floor = Renderer(proc, max_length=10**6).length(sample("What is it?", "a cat", images=2, size=(16, 16)))
+    assert floor < len(whole.input_ids)
+    for limit in (len(whole.input_ids), len(whole.input_ids) - 1, (len(whole.input_ids) + floor) // 2, floor):
+        renderer = Renderer(proc, max_length=limit, over_length="shrink_images")
+        shown = renderer.render(one)
+        assert len(shown.input_ids) <= limit and shown.text_tokens <= whole.text_tokens
+        assert trained_text(proc, shown) == trained_text(proc, whole)
+        assert torch.equal(renderer.render_slowly(one).labels, shown.labels)
+        assert torch.equal(renderer.render(one).input_ids, shown.input_ids)
+        assert (len(shown.input_ids) == len(whole.input_ids)) == (limit == len(whole.input_ids))
+    with pytest.raises(TooLongError):
+        Renderer(proc, max_length=floor - 8, over_length="shrink_images").render(one)
+
+
+def test_shrinking_helps_nothing_where_every_picture_has_as_many_tokens():
+    one = sample("What is it?", "a cat")
+    length = Renderer(processor("llava"), max_length=10**6).length(one)
+    with pytest.raises(TooLongError, match="the row has"):
+        Renderer(processor("llava"), max_length=length - 1, over_length="shrink_images").render(one)
+
+
 def test_a_row_without_an_answer_is_refused():
     one = dataclasses.replace(sample("a", "b"), turns=sample("a", "b").turns[:1])
     with pytest.raises(DataError, match="does not end with an answer"):
