@@ -1,7 +1,8 @@
 """How a data set lies on disk: a source becomes rows with common names (`image`, `audio`, `video`, `text`, `captions`).
 
 `rows`: a file of rows, or a folder with a `metadata` file; `folder`: files that share a stem, in class folders or not;
-`flickr8k`: a text file of captions; `coco`: an object of images and annotations. `dialects.py`, `pairs.py` and
+`webdataset`: tar shards; `flickr8k`: a text file of captions; `coco`: an object of images and annotations; the question
+sets of `annotations.py`. `dialects.py`, `pairs.py` and
 `table_rows.py` read the rows.
 """
 
@@ -10,24 +11,23 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmft.data.annotations import annotated, looks_annotated
 from mmft.data.media import kind_of_name, read_bytes
+from mmft.data.objects import folder_of, listed, read_object
 from mmft.data.readers import Read, Row, read_rows
 from mmft.data.sample import MediaRef
+from mmft.data.shards import is_shards, read_shards
 from mmft.errors import DataError, MmftError
 from mmft.paths import contained
 
-LAYOUTS = ("rows", "folder", "flickr8k", "coco")
+ANNOTATED = ("vqav2", "gqa", "textvqa", "docvqa", "scienceqa", "chartqa")
+LAYOUTS = ("rows", "folder", "webdataset", "flickr8k", "coco", *ANNOTATED)
 MAX_TEXT_BYTES = 1_000_000
-_MAX_OBJECT_BYTES = 2 * 1024**3
-_PICTURE_FOLDERS = (
-    "images", "Images", "train2017", "val2017", "test2017", "train2014", "val2014", "test2015",
-    "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k-images", "flickr30k_images",
-)  # fmt: skip
 _TOKEN = re.compile(r"^(?P<image>[^\t#]+\.\w+)#\d+\t(?P<caption>.*)$")
 _HEADING = "image,caption"
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -52,6 +52,8 @@ def open_source(path: Path, *, layout: str = "auto", media_root: Path | None = N
     if found == "rows":
         table = _metadata(path) if path.is_dir() else None
         return Source(found, read_rows(table or path), root)
+    if found == "webdataset":
+        return Source(found, read_shards(path), root)
     if found == "folder":
         if not path.is_dir():
             raise DataError("this is no folder", where=str(path), do="name the folder that holds the files")
@@ -60,6 +62,8 @@ def open_source(path: Path, *, layout: str = "auto", media_root: Path | None = N
         raise DataError(f"there is no data file '{path}'", where="data.train/eval[].path", do="mend the path")
     if media_root is None and path.parent.name == "annotations":
         root = path.parent.parent
+    if found in ANNOTATED:
+        return Source(found, annotated(path, found, root), root)
     rows = _flickr(path, root) if found == "flickr8k" else _coco(path, root)
     return Source(found, rows, root)
 
@@ -69,6 +73,8 @@ def _metadata(folder: Path) -> Path | None:
 
 
 def _guess(path: Path) -> str:
+    if is_shards(path):
+        return "webdataset"
     if path.is_dir():
         datasets = any((path / name).exists() for name in ("dataset_info.json", "state.json", "dataset_dict.json"))
         return "rows" if datasets or _metadata(path) else "folder"
@@ -76,6 +82,8 @@ def _guess(path: Path) -> str:
         return "rows"
     with path.open("rb") as stream:
         head = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if path.suffix.lower() == ".json" and (known := looks_annotated(head)) is not None:
+        return known
     if path.suffix.lower() == ".json":
         return "coco" if head[:1] == b"{" and (b'"images"' in head or b'"annotations"' in head) else "rows"
     line = head.split(b"\n")[0].decode("utf-8", errors="replace").strip()
@@ -191,34 +199,6 @@ def _grouped(lines: Iterable[tuple[str, tuple[str, str] | DataError]]) -> Read:
         yield place, held
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The object of an annotation file. Raises DataError for one that is too large, no JSON, or no object."""
-    size = path.stat().st_size
-    if size > _MAX_OBJECT_BYTES:
-        raise DataError(f"the file has {size} bytes", where=str(path), allowed=f"at most {_MAX_OBJECT_BYTES}")
-    try:
-        found = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", 1)
-        raise DataError(f"broken JSON: {error}", where=f"{path}:{line}", do="write the file again") from error
-    if not isinstance(found, dict):
-        raise DataError(f"the file holds a {type(found).__name__}", where=str(path), allowed="an object {...}")
-    return found
-
-
-def listed(found: Mapping[str, Any], key: str, path: Path) -> list[Any]:
-    """A list of an annotation file. Raises DataError where there is none."""
-    value = found.get(key)
-    if not isinstance(value, list):
-        raise DataError(
-            f"`{key}` is {'missing' if value is None else f'a {type(value).__name__}'}",
-            where=str(path),
-            allowed=f"an object with a list `{key}`; a file of rows is a list [...]",
-            do="set data.train[].format, or name another file",
-        )
-    return value
-
-
 def _coco(path: Path, root: Path) -> Read:
     """One row per picture: `image`, `id` and its `captions`, at the number of its first annotation; a picture without
     one is left out, an annotation without a picture or caption is a bad row."""
@@ -254,14 +234,3 @@ def _placed(rows: Iterable[tuple[str, Row | DataError]], root: Path) -> Read:
                 prefix = folder_of(root, str(row["image"]))
             row = {**row, "image": f"{prefix}{row['image']}"}
         yield where, row
-
-
-def folder_of(root: Path, name: str) -> str:
-    """`""` or the usual picture folder below `root`, with a slash, in which a file of this name lies."""
-    for folder in ("", *(f"{one}/" for one in _PICTURE_FOLDERS)):
-        try:
-            contained(root, f"{folder}{name}")
-        except DataError:
-            continue
-        return folder
-    return ""

@@ -66,7 +66,8 @@ def kind_of_bytes(data: bytes) -> MediaKind | None:
 def media_name(ref: MediaRef) -> str:
     """How errors and reports call a medium."""
     if ref.path is not None:
-        return str(Path(ref.root) / ref.path) if ref.root is not None else ref.path
+        member = f" at byte {ref.span[0]}" if ref.span is not None else ""
+        return (str(Path(ref.root) / ref.path) if ref.root is not None else ref.path) + member
     return f"{len(ref.frames)} frames in the row" if ref.frames else f"{len(ref.data or b'')} bytes in the row"
 
 
@@ -96,6 +97,10 @@ def open_bytes(ref: MediaRef) -> Iterator[BinaryIO]:
             raise DataError(
                 "the medium is not a regular file", where=str(path), do="copy the real file there, or remove the row"
             )
+        if ref.span is not None:
+            stream.seek(ref.span[0])
+            yield io.BytesIO(stream.read(min(ref.span[1], MAX_FILE_BYTES)))
+            return
         if status.st_size > MAX_FILE_BYTES:
             raise DataError(
                 f"the file has {status.st_size} bytes",
@@ -135,7 +140,7 @@ def media_digest(ref: MediaRef) -> str:
 def frames_of(ref: MediaRef) -> tuple[MediaRef, ...]:
     """The pictures a video consists of when it is a list or a folder of them, a folder's in natural order of names;
     () for a file. Raises DataError for a path out of the root and for a folder without pictures."""
-    if ref.frames or ref.kind != "video" or ref.path is None or ref.root is None:
+    if ref.frames or ref.kind != "video" or ref.path is None or ref.root is None or ref.span is not None:
         return ref.frames
     folder = located(Path(ref.root), ref.path)
     if not folder.is_dir():

@@ -131,7 +131,11 @@ def merge_pairs(samples: Sequence[Sample]) -> list[Sample]:
     kept: dict[Any, Sample] = {}
     for sample in samples:
         ref = sample.media[0]
-        key = (sample.source, ref.path, str(ref.root), sample.tags.get(_GROUP)) if ref.path is not None else sample.id
+        key = (
+            (sample.source, ref.path, ref.span, str(ref.root), sample.tags.get(_GROUP))
+            if ref.path is not None
+            else sample.id
+        )
         first = kept.get(key)
         if first is not None:
             sample = dataclasses.replace(

@@ -31,6 +31,10 @@ def media_reference(value: Any, root: Path, where: str, kind: MediaKind = "image
     "sampling_rate"}` sounds, and for a video lists of pictures. Raises DataError with `where` for anything else.
     """
     called = _CALLED[kind]
+    if isinstance(value, MediaRef):  # of a reader of ours; no file can hold one
+        if value.kind != kind:
+            raise DataError(f"a {value.kind} stands where a {called} belongs", where=where)
+        return value
     if kind == "video" and isinstance(value, list | tuple):
         if not 0 < len(value) <= MOST_FRAMES_LISTED:
             raise DataError(f"the video has {len(value)} frames", where=where, allowed=f"1 to {MOST_FRAMES_LISTED}")

@@ -16,13 +16,15 @@ CellKind = Literal["text", "numeric", "categorical", "label", "image", "audio", 
 class MediaRef:
     """A medium that has not been opened: a path below `root`, or the encoded bytes themselves.
 
-    A video may also be a folder of pictures (`path`) or a list of them (`frames`).
+    `span` (offset, length) names a stretch of the file, as a member of a tar shard is. A video may also be a folder of
+    pictures (`path`) or a list of them (`frames`).
     """
 
     kind: MediaKind = "image"
     path: str | None = None
     root: Path | None = None
     data: bytes | None = None
+    span: tuple[int, int] | None = None
     frames: tuple[MediaRef, ...] = ()
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from mmft.data.layouts import open_source
 from mmft.data.media import kind_of_bytes, kind_of_name
+from mmft.data.sample import MediaRef
 from mmft.errors import DataError, choices
 
 KINDS = ("text", "image", "audio", "video", "numeric", "categorical", "label", "id", "tag", "ignored")
@@ -170,6 +171,8 @@ def _cell(cell: Any) -> str:
         return name or (_cell(cell["bytes"]) if isinstance(cell.get("bytes"), bytes) else "unknown")
     if isinstance(cell, bytes):
         return kind_of_bytes(cell) or "unknown"
+    if isinstance(cell, MediaRef):
+        return cell.kind
     if isinstance(cell, list | tuple) and cell:
         frames = {kind_of_name(one) if isinstance(one, str) else _cell(one) for one in cell}
         return "video" if frames == {"image"} else "text" if all(isinstance(one, str) for one in cell) else "unknown"

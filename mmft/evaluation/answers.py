@@ -124,7 +124,7 @@ def _checked(line: str, *, where: str) -> Record:
 
 def _image_path(ref: MediaRef, folder: Path | None) -> str | None:
     """Where the report will find the picture."""
-    if ref.path is not None:
+    if ref.path is not None and ref.span is None:
         return os.path.abspath(media_file(ref) if ref.root is not None else media_name(ref))
     if folder is None:
         return None

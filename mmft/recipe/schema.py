@@ -156,10 +156,26 @@ class DataSource(Section):
     emoji-pairs, fusion)."""
     name: str | None = None
     """Name in reports; the file's stem if not given."""
-    format: Literal["auto", "messages", "llava", "prompt", "qa", "pairs", "table", "folder", "flickr8k", "coco"] = (
-        "auto"
-    )
-    """Layout of the rows (the first six), or of the files; `auto` looks at them and prints what it chose."""
+    format: Literal[
+        "auto",
+        "messages",
+        "llava",
+        "prompt",
+        "qa",
+        "pairs",
+        "table",
+        "folder",
+        "webdataset",
+        "flickr8k",
+        "coco",
+        "vqav2",
+        "gqa",
+        "textvqa",
+        "docvqa",
+        "scienceqa",
+        "chartqa",
+    ] = "auto"
+    """Layout of the rows (`messages` to `table`), or of the files; `auto` looks at them and prints what it chose."""
     media_root: str | None = None
     """Folder that image paths are relative to and may not leave; the data file's folder if not given."""
     num_samples: Positive | None = None
