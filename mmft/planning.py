@@ -54,7 +54,7 @@ def make_plan(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] =
         lengths = _lengths(kind, renderer, samples)
     else:
         notes.append("no processor at hand: token lengths are not known, memory is estimated at 512 tokens a row")
-    steps, total = plan_steps(loaded, len(samples), 1)
+    steps, total = plan_steps(loaded, samples, 1)
     weights = _weight_bytes(loaded, backbone)  # before adapters are put in
     parts, targets, trainable = _trained(loaded, backbone)
     memory, more = _memory(loaded, backbone, weights=weights, trainable=trainable, lengths=lengths)

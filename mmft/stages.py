@@ -22,6 +22,7 @@ from mmft.data.audit import audit
 from mmft.data.audit import fingerprint as fingerprint_samples
 from mmft.data.formats import Loaded, load_many, source_name
 from mmft.data.loader import RowRenderer
+from mmft.data.mixture import mixture_of
 from mmft.data.order import StepPlan
 from mmft.data.render import Renderer, TooLongError
 from mmft.data.sample import Sample
@@ -202,8 +203,11 @@ def calibration(recipe: Recipe, backbone: Backbone, datasets: Datasets) -> list[
     return kind_of(recipe).calibration(recipe, backbone, datasets)
 
 
-def plan_steps(recipe: Recipe, rows: int, world: int) -> tuple[StepPlan, int]:
-    """Rows of every step, and how many steps. Raises RecipeError when the batch does not divide over the processes."""
+def plan_steps(recipe: Recipe, samples: Sequence[Sample], world: int) -> tuple[StepPlan, int]:
+    """Rows of every step in the recipe's mixture of sets, and how many steps.
+
+    Raises RecipeError when the batch does not divide over the processes.
+    """
     section = recipe.train
     micro = section.per_device_train_batch_size
     if section.effective_batch_size is None:
@@ -218,7 +222,10 @@ def plan_steps(recipe: Recipe, rows: int, world: int) -> tuple[StepPlan, int]:
                 allowed=f"a multiple of {micro * world}",
                 do="change one of the three numbers",
             )
-    plan = StepPlan(rows=rows, micro_batch=micro, micro_per_step=per_step, world=world, seed=section.seed)
+    sets = recipe.data.train
+    mixture = mixture_of(samples, sets, [source_name(one) for one in sets], temperature=recipe.data.temperature)
+    rows = len(samples) if mixture is None else mixture.rows
+    plan = StepPlan(rows, micro, per_step, world, section.seed, mixture)
     return plan, section.max_steps or plan.steps_for(section.num_train_epochs)
 
 
@@ -250,7 +257,7 @@ def train_stage(
     Raises Interrupted (SystemExit 128 + n) after a signal's checkpoint.
     """
     recipe = run.recipe
-    plan, total = plan_steps(recipe, len(datasets.train), accelerator.num_processes)
+    plan, total = plan_steps(recipe, datasets.train, accelerator.num_processes)
     if recipe.train.report_to:
         accelerator.init_trackers(recipe.name)  # below train.output_dir, so in the run folder; rank 0 only
     writer = MetricsWriter(run.journal, accelerator, every=recipe.train.logging_steps)

@@ -67,7 +67,7 @@ def trace_row(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] =
 def _data_stations(recipe: Recipe, datasets: Datasets, batch: Batch, *, row: int) -> list[Station]:
     samples, renderer = datasets.train, datasets.renderer
     sample = samples[row]
-    plan, total = plan_steps(recipe, len(samples), 1)
+    plan, total = plan_steps(recipe, samples, 1)
     step = next((s for s in range(total) if any(seen == row for seen, _ in plan.step_rows(s))), None)
     turns = f"{len(sample.turns)} turns, {len(sample.media)} media"
     pictures = [open_image(ref, max_pixels=recipe.data.max_image_pixels) for ref in sample.media if ref.kind == "image"]

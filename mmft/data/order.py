@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from mmft.data.mixture import Mixture
 from mmft.seeds import fold
 
 
@@ -19,8 +20,9 @@ def epoch_order(rows: int, *, seed: int, epoch: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=4)
-def _kept_order(rows: int, seed: int, epoch: int) -> np.ndarray:
+def _kept_order(rows: int, seed: int, epoch: int, mixture: Mixture | None) -> np.ndarray:
     order = epoch_order(rows, seed=seed, epoch=epoch)
+    order = order if mixture is None else mixture.indices(seed=seed, epoch=epoch)[order]
     order.setflags(write=False)
     return order
 
@@ -40,7 +42,8 @@ class StepPlan:
 
     Step s covers stream positions [s * E, (s + 1) * E) with E = micro_batch * micro_per_step; a step may straddle
     the border of two epochs. `micro_per_step` counts over all ranks; micro-batch m goes to rank m % world, so the
-    rows of a step are the same for every world size that divides the work.
+    rows of a step are the same for every world size that divides the work. `rows` counts an epoch's: with a `mixture`
+    its draws.
     """
 
     rows: int
@@ -48,11 +51,14 @@ class StepPlan:
     micro_per_step: int
     world: int = 1
     seed: int = 0
+    mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
         for name in ("rows", "micro_batch", "micro_per_step", "world"):
             if getattr(self, name) < 1:
                 raise ValueError(f"StepPlan.{name} must be at least 1, got {getattr(self, name)}")
+        if self.mixture is not None and self.mixture.rows != self.rows:
+            raise ValueError(f"StepPlan.rows is {self.rows}, the mixture draws {self.mixture.rows}")
 
     @property
     def rows_per_step(self) -> int:
@@ -70,7 +76,7 @@ class StepPlan:
     def at(self, position: int) -> tuple[int, int]:
         """(row, epoch) at a position of the stream."""
         epoch, offset = divmod(position, self.rows)
-        return int(_kept_order(self.rows, self.seed, epoch)[offset]), epoch
+        return int(_kept_order(self.rows, self.seed, epoch, self.mixture)[offset]), epoch
 
     def micro_batch_at(self, step: int, index: int) -> MicroBatch:
         """Micro-batch `index` (over all ranks) of `step`."""

@@ -41,6 +41,29 @@ RULES: tuple[Rule, ...] = (
         ", ".join(PARTS),
     ),
     Rule(
+        "data.train",
+        ("data.train", "data.temperature"),
+        lambda r: len({one.weight is None for one in r.data.train}) > 1,
+        "data.train: some sets have a weight and others none",
+        "give every set a weight, or none",
+    ),
+    Rule(
+        "data.train",
+        ("data.train", "data.temperature"),
+        lambda r: (
+            sum(
+                (
+                    any(one.weight is not None for one in r.data.train),
+                    any(one.repeat != 1.0 for one in r.data.train),
+                    r.data.temperature != 1.0,
+                )
+            )
+            > 1
+        ),
+        "data.train: weight, repeat and data.temperature each say how often a set comes",
+        "keep one of the three",
+    ),
+    Rule(
         "export.merge_onto",
         ("export.merge_onto", *_BITS),
         lambda r: r.export.merge_onto == "dequantized" and not quantized(r),

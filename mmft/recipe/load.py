@@ -235,13 +235,15 @@ def _absolute(node: Node, path: tuple[str | int, ...]) -> Node:
         return node.with_value([_absolute(child, (*path, index)) for index, child in enumerate(value)])
     if not isinstance(value, str) or not value or "\0" in value or not _PATHS.fullmatch(dotted(path)):
         return node
+    file, mark, rows = value.rpartition("#") if path[-1] == "path" else ("", "", "")
+    value, tail = (file, mark + rows) if file and rows.isdecimal() else (value, "")  # rows.jsonl#1000
     try:
         given = Path(value).expanduser()
         if path[-1] == "output_dir" or given.is_absolute():
-            return replace(node, value=str(given)) if value.startswith("~") else node
+            return replace(node, value=str(given) + tail) if value.startswith("~") else node
         for folder in (node.folder, Path.cwd()):
             if folder is not None and (folder / given).exists():
-                return replace(node, value=str((folder / given).absolute()))
+                return replace(node, value=str((folder / given).absolute()) + tail)
     except (OSError, RuntimeError, ValueError):
         return node
     return node

@@ -179,10 +179,24 @@ class DataSource(Section):
     media_root: str | None = None
     """Folder that image paths are relative to and may not leave; the data file's folder if not given."""
     num_samples: Positive | None = None
-    """Only this many rows, chosen by the seed."""
+    """Only this many rows, chosen by the seed; `path#1000` says the same."""
+    weight: Rate | None = None
+    """Share of the training rows that are of this set, in proportion to the other sets' weights."""
+    repeat: Rate = 1.0
+    """How often its rows come in an epoch; 0.5: half of them, others in the next epoch."""
     columns: dict[str, str] = {}
     """For `qa` and `pairs` rows: which column is `image`, `question`, `answer`, `caption`, `negatives`, `group`. For
     `table` rows the other way round: what a column is (`photo: image`, `age: numeric`, `y: label`)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _counted(cls, given: Any) -> Any:
+        """`path#1000` is a path and `num_samples`."""
+        if isinstance(given, dict) and isinstance(given.get("path"), str) and "num_samples" not in given:
+            path, mark, count = given["path"].rpartition("#")
+            if mark and path and count.isdecimal():
+                return {**given, "path": path, "num_samples": int(count)}
+        return given
 
 
 class DataSection(Section):
@@ -192,6 +206,8 @@ class DataSection(Section):
     """Training sets; their rows are mixed."""
     eval: tuple[DataSource, ...] = ()
     """Evaluation sets; the first is the one that `scores` in the report speaks of."""
+    temperature: Rate = 1.0
+    """Training sets of n rows come in proportion to n^(1/T); 1: as many as they have, larger: more alike."""
     max_length: Positive = 2048
     """Longest row in tokens, image tokens included."""
     over_length: Literal["error", "drop", "truncate_text", "shrink_images"] = "error"
