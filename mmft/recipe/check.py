@@ -41,29 +41,6 @@ RULES: tuple[Rule, ...] = (
         ", ".join(PARTS),
     ),
     Rule(
-        "data.train",
-        ("data.train", "data.temperature"),
-        lambda r: len({one.weight is None for one in r.data.train}) > 1,
-        "data.train: some sets have a weight and others none",
-        "give every set a weight, or none",
-    ),
-    Rule(
-        "data.train",
-        ("data.train", "data.temperature"),
-        lambda r: (
-            sum(
-                (
-                    any(one.weight is not None for one in r.data.train),
-                    any(one.repeat != 1.0 for one in r.data.train),
-                    r.data.temperature != 1.0,
-                )
-            )
-            > 1
-        ),
-        "data.train: weight, repeat and data.temperature each say how often a set comes",
-        "keep one of the three",
-    ),
-    Rule(
         "export.merge_onto",
         ("export.merge_onto", *_BITS),
         lambda r: r.export.merge_onto == "dequantized" and not quantized(r),
@@ -205,6 +182,18 @@ def _repeats(recipe: Recipe) -> Iterator[Finding]:
             yield Finding(field, f"{field}: {name[:80]!r} is given twice", "delete one of them")
 
 
+def _mixture(recipe: Recipe) -> Iterator[Finding]:
+    """How often a training set comes is said in one way, and of every set."""
+    sets, field = recipe.data.train, "data.train"
+    weighed = sum(one.weight is not None for one in sets)
+    if 0 < weighed < len(sets):
+        yield Finding(field, f"{field}: some sets have a weight and others none", "give every set a weight, or none")
+    ways = (weighed > 0, any(one.repeat != 1.0 for one in sets), recipe.data.temperature != 1.0)
+    if sum(ways) > 1:
+        what = f"{field}: weight, repeat and data.temperature each say how often a set comes"
+        yield Finding(field, what, "keep one of the three")
+
+
 LIST_RULES: tuple[tuple[tuple[str, ...], Callable[[Recipe], Iterator[Finding]]], ...] = (
     (("adapter.targets", "adapter.method"), targets),
     (("adapter.parts", "adapter.targets", "adapter.method"), part_modes),
@@ -213,6 +202,7 @@ LIST_RULES: tuple[tuple[tuple[str, ...], Callable[[Recipe], Iterator[Finding]]],
     (("adapter.parts", "adapter.targets", "adapter.method", "quantization"), on_quantized),
     (("data.train", "data.eval"), missing_sources),
     (("data.eval",), _same_names),
+    (("data.train", "data.temperature"), _mixture),
     (("model.name_or_path",), missing_model),
     (("adapter", "evaluate.models", "evaluate.metrics", "quantization.parts"), _repeats),
 )
