@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import mmft
 from mmft.errors import RecipeError
 from tests.objectives.pairs import COLOURS, pair_rows, values
-from tests.runs import read_lines, workshop
+from tests.runs import read_lines, run_process, workshop
 
 PROBE = {"objective.probe_set": "held", "train.eval_steps": 2, "train.max_steps": 8, "export.merge": False}
 
@@ -90,6 +92,28 @@ def test_a_resumed_run_falls_from_the_first_height(tmp_path):
     mmft.train(_recipe(tmp_path, **changes), resume=True, quiet=True)
     again = json.loads((run / "probe.json").read_text())
     assert again["before"] == probe["before"] and again["scores"] == probe["scores"]
+
+
+@pytest.mark.slow
+def test_two_processes_stop_where_one_does(tmp_path):
+    """With the features of the locked tower kept: every rank has its own memory and the same bits."""
+    changes = {
+        "data__train": [{"path": str(_wrong_names())}],
+        "objective__probe_action": "stop",
+        "objective__cache_features": True,
+        "adapter__targets": ["vision.attention", "vision.mlp"],
+        "adapter__lora_dropout": 0.0,
+        "train__max_steps": 40,
+        "evaluate__models": ["adapter"],
+    }
+    mmft.train(_recipe(tmp_path / "one", **changes), quiet=True)
+    path = tmp_path / "two.yaml"
+    path.write_text(yaml.safe_dump(_recipe(tmp_path / "two", **changes)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    outcome = run_process(*launch, "-m", "mmft", "train", path, ACCELERATE_USE_CPU="true")
+    assert outcome.code == 0, outcome.err[-3000:]
+    one, two = (_probe(tmp_path / name)[1] for name in ("one", "two"))
+    assert one["fallen_at"] == two["fallen_at"] is not None and one["scores"] == two["scores"]
 
 
 def test_the_probe_set_must_exist_and_be_looked_at(tmp_path):
