@@ -170,20 +170,15 @@ class JointModel(PreTrainedModel, GenerationMixin):
         )
 
     @torch.no_grad()
-    def generate(self, pixel_values: Tensor, **options: Any) -> Tensor:
+    def speak(self, tokens: Tensor, **options: Any) -> Tensor:
         """(n, length) token ids of captions, the start token first; `options` are those of `generate`."""
-        _, tokens = self.see(pixel_values)
-        start = torch.full((len(tokens), 1), self.config.start_token_id, device=tokens.device)
-        return self.decoder.generate(
-            input_ids=start,
-            # The decoder alone would be given a cache of its own tokens only; it caches the picture's too.
-            cache=EncoderDecoderCache(DynamicCache(), DynamicCache()),
-            encoder_hidden_states=tokens,
-            encoder_attention_mask=torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device),
-            eos_token_id=self.config.end_token_id,
-            pad_token_id=self.config.pad_token_id,
-            **options,
-        )
+        ends = {"eos_token_id": self.config.end_token_id, "pad_token_id": self.config.pad_token_id}
+        return _spoken(self.decoder, tokens, start=self.config.start_token_id, **ends, **options)
+
+    def generate(self, pixel_values: Tensor, **options: Any) -> Tensor:
+        """`speak` about pictures."""
+        with torch.no_grad():
+            return self.speak(self.see(pixel_values)[1], **options)
 
 
 class BlipJointConfig(BlipConfig):
@@ -223,18 +218,27 @@ class BlipJointModel(BlipForImageTextRetrieval, GenerationMixin):
             self.logit_scale.fill_(torch.tensor(SCALE).log())
 
     @torch.no_grad()
-    def generate(self, pixel_values: Tensor, **options: Any) -> Tensor:
-        """(n, length) token ids of captions, the start token first."""
-        tokens = self.vision_model(pixel_values=pixel_values).last_hidden_state
+    def speak(self, tokens: Tensor, **options: Any) -> Tensor:
+        """(n, length) token ids of captions, the decoder's start token first."""
         text: Any = self.config.text_config
-        return self.text_decoder.generate(
-            input_ids=torch.full((len(tokens), 1), text.bos_token_id, device=tokens.device),
-            encoder_hidden_states=tokens,
-            encoder_attention_mask=torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device),
-            eos_token_id=text.sep_token_id,
-            pad_token_id=text.pad_token_id,
-            **options,
-        )
+        ends = {"eos_token_id": text.sep_token_id, "pad_token_id": text.pad_token_id}
+        return _spoken(self.text_decoder, tokens, start=text.bos_token_id, **ends, **options)
+
+    def generate(self, pixel_values: Tensor, **options: Any) -> Tensor:
+        """`speak` about pictures."""
+        with torch.no_grad():
+            return self.speak(self.vision_model(pixel_values=pixel_values).last_hidden_state, **options)
+
+
+def _spoken(decoder: Any, tokens: Tensor, *, start: int, **options: Any) -> Tensor:
+    return decoder.generate(
+        input_ids=torch.full((len(tokens), 1), start, device=tokens.device),
+        # A decoder by itself would be given a cache of its own tokens only; this one caches the picture's too.
+        cache=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+        encoder_hidden_states=tokens,
+        encoder_attention_mask=torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device),
+        **options,
+    )
 
 
 def unit(values: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from mmft.objectives.contrastive import Kind, contrastive_loss
 from mmft.objectives.contrastive_cached import gathered_loss, sum_over_ranks
 from mmft.objectives.contrastive_embed import clamp_scales, similarity
 from mmft.objectives.joint_heads import Heads, Seen, heads_of
+from mmft.objectives.sft import head_on_rows
 from mmft.seeds import fold
 
 
@@ -125,11 +126,16 @@ def matching_sum(heads: Heads, looked: Looked, *, seed: int) -> tuple[Tensor, Te
 
 
 def log_likelihoods(heads: Heads, tokens: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """(k,) sums over tokens of `log p(token | those before it, picture)`; the first token is given."""
-    logits = heads.write(tokens, ids, mask)[:, :-1]
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    nats = F.cross_entropy(wide.transpose(1, 2), ids[:, 1:], reduction="none")
-    return -(nats * (mask[:, 1:] != 0)).sum(dim=1)
+    """(k,) sums over tokens of `log p(token | those before it, picture)`; the first token is given.
+
+    The vocabulary head sees the states of real tokens only (`sft.head_on_rows`).
+    """
+    real = mask[:, 1:] != 0
+    with head_on_rows(heads.head, F.pad(real, (0, 1), value=False)):
+        logits = heads.write(tokens, ids, mask)
+    wide = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
+    nats = F.cross_entropy(wide, ids[:, 1:][real], reduction="none")
+    return -nats.new_zeros(len(ids)).index_add(0, real.nonzero()[:, 0], nats)
 
 
 def caption_sum(heads: Heads, looked: Looked) -> Tensor:
@@ -295,7 +301,7 @@ class JointObjective:
         return {name: float(value.detach()) if first else 0.0 for name, value in sums.items()}, cached
 
 
-_COUNTED_AS = {"matched": "matching"}
+_COUNTED_AS = {"matched": "matching", "returned": "there"}
 """Logs that are averaged over another term's count."""
 
 

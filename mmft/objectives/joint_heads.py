@@ -51,6 +51,20 @@ class Heads(Protocol):
         """(k, T, vocabulary) logits; those at t speak of the token at t + 1."""
         ...
 
+    @property
+    def head(self) -> nn.Module:
+        """The layer that turns the decoder's states into logits over the vocabulary."""
+        ...
+
+    def speak(self, tokens: Tensor, **options: Any) -> Tensor:
+        """(n, T) ids of captions made with `generate`'s options; padded behind the first end token."""
+        ...
+
+    @property
+    def end(self) -> int:
+        """The token that ends a caption."""
+        ...
+
     def scale(self) -> Terms:
         """Factors of the similarities."""
         ...
@@ -96,6 +110,17 @@ class _Composed:
     def write(self, tokens: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.base.write(tokens, input_ids, attention_mask)
 
+    @property
+    def head(self) -> nn.Module:
+        return self.base.get_output_embeddings()
+
+    def speak(self, tokens: Tensor, **options: Any) -> Tensor:
+        return self.base.speak(tokens, **options)
+
+    @property
+    def end(self) -> int:
+        return int(self.base.config.end_token_id)
+
     def scale(self) -> Terms:
         return logit_terms(self.base)
 
@@ -126,7 +151,18 @@ class _Blip:
         return self.base.itm_head(states[:, 0])
 
     def write(self, tokens: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        raise NotImplementedError(f"{type(self.base).__name__} does not write")
+        raise _mute(self.base)
+
+    @property
+    def head(self) -> nn.Module:
+        raise _mute(self.base)
+
+    def speak(self, tokens: Tensor, **options: Any) -> Tensor:
+        raise _mute(self.base)
+
+    @property
+    def end(self) -> int:
+        raise _mute(self.base)
 
     def scale(self) -> Terms:
         return _fixed(self.base)
@@ -147,6 +183,17 @@ class _BlipWriter(_Blip):
             encoder_attention_mask=_ones(tokens),
             use_cache=False,
         ).logits
+
+    @property
+    def head(self) -> nn.Module:
+        return self.base.get_output_embeddings()
+
+    def speak(self, tokens: Tensor, **options: Any) -> Tensor:
+        return self.base.speak(tokens, **options)
+
+    @property
+    def end(self) -> int:
+        return int(self.base.config.text_config.sep_token_id)
 
     def scale(self) -> Terms:
         return logit_terms(self.base)
@@ -192,10 +239,25 @@ class _Blip2:
         return self.base.itm_head(states).mean(dim=1)
 
     def write(self, tokens: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        raise NotImplementedError(f"{type(self.base).__name__} does not write")
+        raise _mute(self.base)
+
+    @property
+    def head(self) -> nn.Module:
+        raise _mute(self.base)
+
+    def speak(self, tokens: Tensor, **options: Any) -> Tensor:
+        raise _mute(self.base)
+
+    @property
+    def end(self) -> int:
+        raise _mute(self.base)
 
     def scale(self) -> Terms:
         return _fixed(self.base)
+
+
+def _mute(base: Any) -> NotImplementedError:
+    return NotImplementedError(f"{type(base).__name__} does not write")
 
 
 def _ones(tokens: Tensor) -> Tensor:
