@@ -90,6 +90,10 @@ FIELDS = {
     "objective: captioning": "label_smoothing_factor captions_per_image prompt",
     "objective: classification": "label_smoothing_factor task classes strategy pooling hidden_size modality_dropout"
     " auxiliary_weight modality_learning_rates balance focal_gamma cache_features",
+    "objective: joint": "loss captions_per_image train_logit_scale joint_weights decoder_layers",
+    "objective: dual": "loss captions_per_image train_logit_scale joint_weights decoder_layers consistency"
+    " consistency_weight",
+    "objective: mlm": "",
     "train": "output_dir seed per_device_train_batch_size gradient_accumulation_steps effective_batch_size"
     " num_train_epochs max_steps learning_rate lr_scheduler_type warmup_ratio weight_decay adam_beta1 adam_beta2"
     " adam_epsilon max_grad_norm bf16 gradient_checkpointing logging_steps eval_steps save_steps save_total_limit"

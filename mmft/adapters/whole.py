@@ -9,6 +9,7 @@ from torch import nn
 from mmft.adapters.targets import Target, narrow
 from mmft.backbones.load import Backbone
 from mmft.backbones.parts import owners
+from mmft.backbones.roots import head_of
 from mmft.errors import AdapterError
 from mmft.recipe.methods import METHODS
 from mmft.recipe.schema import AdapterSection
@@ -91,11 +92,20 @@ def free_weights(backbone: Backbone, adapter: AdapterSection, targets: tuple[Tar
 
 
 def refuse_tied_head(backbone: Backbone, targets: tuple[Target, ...]) -> None:
-    """A tied weight trained on one side only would make two different weights of one."""
+    """A tied weight trained on one side only would make two different weights of one. Heads beside the tied one (a
+    matching head) are free."""
     if not backbone.parts.tied_head:
         return
+    tied = head_of(backbone.model)
+    name = next((name for name, module in backbone.model.named_modules() if module is tied), "")
+
+    def holds(target: Target) -> bool:
+        return any(name == module or name.startswith(f"{module}.") for module in target.modules) or not target.modules
+
     hit = [
-        t for t in targets if t.part == "head" or (t.mode == "full" and t.sub == "embedding" and t.part == "language")
+        t
+        for t in targets
+        if (t.part == "head" and holds(t)) or (t.mode == "full" and t.sub == "embedding" and t.part == "language")
     ]
     if hit:
         raise AdapterError(

@@ -116,8 +116,9 @@ class JointModel(PreTrainedModel, GenerationMixin):
         return self.decoder
 
     def get_encoder(self, modality: str | None = None) -> Any:
-        """The picture tower for `image`, else the text tower."""
-        return self.dual.vision_model if modality == "image" else self.dual.text_model
+        """The picture tower for `image`, the text tower for `text` or if no modality is named, else None."""
+        towers = {None: self.dual.text_model, "text": self.dual.text_model, "image": self.dual.vision_model}
+        return towers.get(modality)
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Any:
         """The dual encoder's."""

@@ -82,9 +82,9 @@ def changed_cards(
 
     Best: the score rose, largest rise first. Worst: the score fell, largest fall first, then answers that changed and
     are as bad as before (score below 1). Ties are broken by token F1, then by id, so the page is the same each time.
-    BLEU and CIDEr say little about one short text, so token F1 stands in for them.
+    BLEU and CIDEr say little about one short text, and a retrieval score nothing: token F1 stands in for them.
     """
-    metric = "token_f1" if metric in _CORPUS_METRICS else metric
+    metric = "token_f1" if metric in _CORPUS_METRICS or metric not in METRICS else metric
     rows = [row for row in records if "base" in row["answers"] and "adapter" in row["answers"]]
     if not rows:
         return [], []

@@ -32,6 +32,33 @@ class PairEmbeddings:
     right_groups: tuple[int, ...]
     sides: tuple[Side, Side] = ("image", "text")
 
+    def directions(self, *, resamples: int, seed: int) -> dict[str, Direction]:
+        """Retrieval both ways by cosine."""
+        groups: Any = {"left_groups": self.left_groups, "right_groups": self.right_groups}
+        return retrieve(self.left, self.right, **groups, names=self.sides, resamples=resamples, seed=seed)
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Scores of every picture with every text, on the CPU: `to_text` (n, m) ranks the texts of a picture, `to_image`
+    (n, m) the pictures of a text. Price: two n * m matrices in memory."""
+
+    to_text: Tensor
+    to_image: Tensor
+    left_groups: tuple[int, ...]
+    right_groups: tuple[int, ...]
+    sides: tuple[Side, Side] = ("image", "text")
+
+    def directions(self, *, resamples: int, seed: int) -> dict[str, Direction]:
+        """Retrieval both ways by these scores."""
+        groups: Any = {"left_groups": self.left_groups, "right_groups": self.right_groups}
+        found = {}
+        for way, scores in (("image_to_text", self.to_text), ("text_to_image", self.to_image)):
+            # The product with the identity gives the scores themselves.
+            same = torch.eye(scores.shape[1], dtype=scores.dtype)
+            found[way] = retrieve(scores, same, **groups, resamples=resamples, seed=seed)[way]
+        return found
+
 
 def embed_pairs(
     model: nn.Module,
@@ -100,7 +127,7 @@ def _embedded(model: nn.Module, inputs: Mapping[str, Tensor], side: Side) -> Ten
 
 
 def score_pairs(
-    found: Mapping[str, Mapping[str, PairEmbeddings]], *, bootstrap_samples: int, seed: int
+    found: Mapping[str, Mapping[str, PairEmbeddings | PairScores]], *, bootstrap_samples: int, seed: int
 ) -> dict[str, Any]:
     """`headline`, `scores` and `sets` of the report from embeddings by model and set.
 
@@ -120,19 +147,8 @@ def score_pairs(
     return {"headline": headline(first.sides), "scores": next(iter(sets.values()))["scores"], "sets": sets}
 
 
-def _score_set(models: Mapping[str, PairEmbeddings], *, resamples: int, seed: int) -> dict[str, Any]:
-    directions: dict[str, dict[str, Direction]] = {
-        model: retrieve(
-            one.left,
-            one.right,
-            left_groups=one.left_groups,
-            right_groups=one.right_groups,
-            names=one.sides,
-            resamples=resamples,
-            seed=seed,
-        )
-        for model, one in models.items()
-    }
+def _score_set(models: Mapping[str, PairEmbeddings | PairScores], *, resamples: int, seed: int) -> dict[str, Any]:
+    directions = {model: one.directions(resamples=resamples, seed=seed) for model, one in models.items()}
     scores: dict[str, dict[str, Any]] = {model: {} for model in models}
     ranks: dict[str, dict[str, Any]] = {model: {} for model in models}
     for model, both in directions.items():

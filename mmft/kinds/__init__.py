@@ -6,10 +6,12 @@ from mmft.kinds.base import Kind
 from mmft.kinds.captioning import Captioning
 from mmft.kinds.chat import Chat
 from mmft.kinds.fusion import Fusion
+from mmft.kinds.joint import Dual, Joint
+from mmft.kinds.masked import Masked
 from mmft.kinds.pairs import Pairs
 from mmft.recipe.schema import Recipe
 
-KINDS: tuple[Kind, ...] = (Chat(), Pairs(), Captioning(), Fusion())
+KINDS: tuple[Kind, ...] = (Chat(), Pairs(), Captioning(), Fusion(), Joint(), Dual(), Masked())
 
 
 def kind_of(recipe: Recipe) -> Kind:

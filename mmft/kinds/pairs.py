@@ -6,7 +6,7 @@ import dataclasses
 import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,14 +35,14 @@ from mmft.recipe.schema import Recipe
 from mmft.runfolder import RunFolder, read_json
 
 RESULT = "retrieval.json"
-_LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """What a component of a vector of length one may be off by in a merged model: its type's rounding through the tower."""
 
 
 class Pairs(Kind):
     """`contrastive`: pictures and texts of a dual encoder."""
 
-    objectives = ("contrastive",)
+    objectives: ClassVar[tuple[str, ...]] = ("contrastive",)
     formats = ("pairs",)
     rows_wanted = "pairs (image and caption) for contrastive and captioning; messages, llava or qa for sft"
     least_rows = 2
@@ -196,8 +196,8 @@ def compare_embeddings(
     other = load_backbone(folder_section(recipe.model, run.merged), device=next(adapted.model.parameters()).device)
     theirs = embed_pairs(other.model, renderer, samples, batch_size=len(samples))
     found = largest_difference(ours, theirs)
-    limit = max(_LIMITS[kind] for kind in {other.model.dtype, getattr(torch, recipe.export.dtype or "float32")})
-    limit = _LIMITS[torch.bfloat16] if adapted.backbone.quantized else limit
+    limit = max(LIMITS[kind] for kind in {other.model.dtype, getattr(torch, recipe.export.dtype or "float32")})
+    limit = LIMITS[torch.bfloat16] if adapted.backbone.quantized else limit
     checked = not adapted.backbone.quantized or recipe.export.merge_onto == "dequantized"
     del other
     gc.collect()

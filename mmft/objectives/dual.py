@@ -81,7 +81,6 @@ class DualObjective(JointObjective):
     """The loss of the module's docstring; `weights`: `contrastive`, `caption` and `consistency`."""
 
     name = "dual"
-    logs: tuple[str, ...] = ("correct", "contrastive", "caption", "duality", "there", "back", "returned")
 
     def __init__(
         self,
@@ -98,10 +97,9 @@ class DualObjective(JointObjective):
         self.consistent = float(weights.get("consistency", 0.0))
         if self.consistent:
             self.weights |= dict.fromkeys(FORMS[form], self.consistent)
-        if not self.consistent:
-            self.logs = self.logs[:3]
-        else:
-            self.logs = (*self.logs[:3], *FORMS[form], *(("returned",) if form == "cycle" else ()))
+            self.metrics |= {name: (name, "count") for name in FORMS[form]}
+            if form == "cycle":
+                self.metrics["returned"] = ("returned", "count")
 
     def needs(self) -> list[str]:
         """Both directions, whatever they weigh."""

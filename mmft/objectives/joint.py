@@ -163,14 +163,17 @@ class JointObjective:
     """
 
     name = "joint"
-    logs: tuple[str, ...] = ("correct", "contrastive", "matching", "matched", "caption")
+    metrics: dict[str, tuple[str, str]]
 
     def __init__(
         self, model: nn.Module, *, weights: Mapping[str, float], kind: Kind = "infonce", seed: int = 0
     ) -> None:
-        self.weights = {name: float(weight) for name, weight in weights.items() if weight}
+        self.weights: dict[str, float] = {name: float(weight) for name, weight in weights.items() if weight}
         self.kind: Kind = kind
         self.seed = seed
+        self.metrics = {"batch_accuracy": ("correct", "count"), **{name: (name, "count") for name in self.weights}}
+        if "matching" in self.weights:
+            self.metrics["matching_accuracy"] = ("matched", "count")
         heads = heads_of(model)
         lacking = [name for name in self.needs() if name not in heads.terms]
         if lacking:

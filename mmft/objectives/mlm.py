@@ -64,7 +64,7 @@ class MaskedObjective:
     """Cross-entropy of the hidden tokens; batches are those of `MaskedRenderer`."""
 
     name = "mlm"
-    logs: tuple[str, ...] = ("correct",)
+    metrics = {"masked_accuracy": ("correct", "count")}
 
     def __init__(self, model: nn.Module) -> None:
         self.kind = check_masked(model)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from mmft.recipe.objective import ObjectiveSection, readers
+from mmft.recipe.objective.joint import weights_of
 from mmft.recipe.rules import Rule
 from mmft.recipe.schema import COMPOSED, Recipe, Section
 
+_MATCHING = ("contrastive", "joint", "dual")
+"""Objectives that tell the rows of a step from each other."""
+_PAIRED = (*_MATCHING, "mlm")
+"""Objectives that learn from pairs."""
+
 
 def _paired(recipe: Recipe) -> bool:
-    return recipe.objective.name == "contrastive"
+    return recipe.objective.name in _PAIRED
 
 
 def _fused(recipe: Recipe) -> bool:
@@ -63,30 +69,52 @@ OBJECTIVE_RULES: tuple[Rule, ...] = (
     Rule(
         "objective.name",
         ("objective.name", "train.per_device_train_batch_size", "train.effective_batch_size"),
-        lambda r: _paired(r) and _rows(r) < 2,
-        "objective.name: contrastive with one row in a step: there is nothing to tell it from",
+        lambda r: r.objective.name in _MATCHING and _rows(r) < 2,
+        "objective.name: {objective.name} with one row in a step: there is nothing to tell it from",
         "set train.per_device_train_batch_size or train.effective_batch_size; hundreds of rows are usual",
         "2 rows or more in a step",
     ),
     Rule(
         "evaluate.metrics",
         ("evaluate.metrics", "objective.name"),
-        lambda r: _paired(r) and told(r.evaluate, "metrics"),
+        lambda r: r.objective.name == "contrastive" and told(r.evaluate, "metrics"),
         "evaluate.metrics: a contrastive run is scored by retrieval (R@1, R@5, R@10, mAP, median rank)",
         "take it out",
+    ),
+    Rule(
+        "evaluate.metrics",
+        ("evaluate.metrics", "objective.name"),
+        lambda r: r.objective.name == "mlm" and told(r.evaluate, "metrics"),
+        "evaluate.metrics: an mlm run is scored by the accuracy and perplexity of hidden tokens",
+        "take it out",
+    ),
+    Rule(
+        "objective.joint_weights",
+        ("objective.joint_weights", "objective.name"),
+        lambda r: r.objective.name == "dual" and "matching" in r.objective.joint_weights,
+        "objective.joint_weights: dual learning has no matching term",
+        "take it out, or set objective.name: joint",
+        "contrastive, caption",
+    ),
+    Rule(
+        "objective.joint_weights",
+        ("objective.joint_weights", "objective.name"),
+        lambda r: r.objective.name in ("joint", "dual") and not any(weights_of(r.objective).values()),
+        "objective.joint_weights: every term weighs 0, so nothing is learned",
+        "give one of them a weight",
     ),
     Rule(
         "evaluate.group_by",
         ("evaluate.group_by", "objective.name"),
         lambda r: _paired(r) and bool(r.evaluate.group_by),
-        "evaluate.group_by: retrieval is not split by tags",
+        "evaluate.group_by: scores of a run on pairs are not split by tags",
         "take it out, or make an evaluation set of each group",
     ),
     Rule(
         "adapter.init_lora_weights",
         ("adapter.init_lora_weights", "objective.name"),
         lambda r: _paired(r) and r.adapter.init_lora_weights == "eva",
-        "adapter.init_lora_weights: eva looks at batches of conversations, and objective.name is contrastive",
+        "adapter.init_lora_weights: eva looks at batches of conversations, and objective.name is {objective.name}",
         "choose another start",
     ),
     Rule(
@@ -114,7 +142,7 @@ OBJECTIVE_RULES: tuple[Rule, ...] = (
         "adapter.method",
         ("adapter.method", "objective.name"),
         lambda r: _paired(r) and r.adapter.method in ("prompt", "prefix"),
-        "adapter.method: {adapter.method} puts vectors before a language model's text; a dual encoder has none",
+        "adapter.method: {adapter.method} puts vectors before a language model's text; this model has none",
         "choose lora or another method that changes layers",
     ),
     # A temperature without top_p is refused for every objective.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import transformers
 
 from mmft.backbones.joint import SCALE, JointModel
+from mmft.backbones.parts import find_parts
 from mmft.data.collate import Batch
 from mmft.data.pairs import EXTRA, LEFT, RIGHT
 from mmft.errors import BackboneError
@@ -298,6 +299,15 @@ def test_a_composed_model_is_saved_and_loaded(kind, tmp_path):
     for name in ("logits", "logits_per_image", "itm_logits"):
         assert torch.equal(one[name], other[name])
     assert model.decoder.get_output_embeddings().weight is model.decoder.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("kind", ["dual", "clip"])
+def test_parts_of_a_composed_model(kind):
+    parts = find_parts(transformers.AutoModel.from_pretrained(tiny_joint(kind)))
+    homes = {"dual.vision_model": "vision", "dual.text_model": "language", "decoder": "language", "itm_head": "head"}
+    homes |= {"dual.visual_projection": "projector", "bridge_projection": "projector", "decoder.cls": "head"}
+    homes |= {"decoder.bert.encoder.layer.0.crossattention": "cross_attention"}
+    assert {name: parts.part_of(name) for name in homes} == homes
 
 
 def test_the_decoder_starts_as_the_text_tower():

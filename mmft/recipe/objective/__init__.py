@@ -11,6 +11,7 @@ from typing import Literal
 from mmft.recipe.objective.captioning import CaptioningFields
 from mmft.recipe.objective.classification import ClassificationFields
 from mmft.recipe.objective.contrastive import ContrastiveFields
+from mmft.recipe.objective.joint import DualFields, JointFields
 from mmft.recipe.objective.pairs import PairFields
 from mmft.recipe.objective.sft import SmoothingFields
 from mmft.recipe.section import Section
@@ -20,17 +21,30 @@ READS: dict[str, tuple[type[Section], ...]] = {
     "contrastive": (PairFields, ContrastiveFields),
     "captioning": (SmoothingFields, PairFields, CaptioningFields),
     "classification": (SmoothingFields, ClassificationFields),
+    "joint": (PairFields, ContrastiveFields, JointFields),
+    "dual": (PairFields, ContrastiveFields, JointFields, DualFields),
+    "mlm": (),
 }
 """Objective -> the groups of fields it reads."""
 
 
-class ObjectiveSection(SmoothingFields, PairFields, ContrastiveFields, CaptioningFields, ClassificationFields):
+class ObjectiveSection(
+    SmoothingFields,
+    PairFields,
+    ContrastiveFields,
+    CaptioningFields,
+    ClassificationFields,
+    JointFields,
+    DualFields,
+):
     """What is minimised."""
 
-    name: Literal["sft", "contrastive", "captioning", "classification"] = "sft"
+    name: Literal["sft", "contrastive", "captioning", "classification", "joint", "dual", "mlm"] = "sft"
     """`sft`: cross-entropy of the answers' tokens; `contrastive`: pictures and texts of a dual encoder; `captioning`:
     cross-entropy of the captions of an encoder-decoder, or of a decoder that sees the picture; `classification`: labels
-    of rows with pictures, texts, sounds, videos and columns of a table."""
+    of rows with pictures, texts, sounds, videos and columns of a table; `joint`: contrastive, matching and captioning
+    heads together; `dual`: picture to text and text to picture tied by consistency; `mlm`: hidden words of texts with
+    pictures."""
 
 
 def readers(field: str) -> list[str]:
