@@ -8,15 +8,16 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from mmft.data.collate import Batch
 from mmft.errors import RecipeError, choices
 from mmft.files import sha256_bytes
-from mmft.objectives.base import Objective
+from mmft.objectives.base import Loss, Objective, StepObjective
 from mmft.recipe.schema import Recipe
 
 ObjectiveFactory = Callable[[nn.Module, Recipe], Objective]
@@ -82,17 +83,66 @@ def _checked(factory: Any, *, where: str) -> ObjectiveFactory:
 
 
 def make_custom(factory: ObjectiveFactory, model: nn.Module, recipe: Recipe) -> Objective:
-    """The objective that the factory makes. Raises RecipeError when it lacks something that the loop calls."""
+    """The objective that the factory makes; what it answers is checked at every step.
+
+    Raises RecipeError when it lacks something that the loop calls, or cannot be called as the loop does.
+    """
     made = factory(model, recipe)
     missing = [name for name in ("name", "metrics", "count", "loss") if not hasattr(made, name)]
     if missing:
-        raise RecipeError(
-            f"{type(made).__name__} has no {', '.join(missing)}",
-            where="the objective",
-            allowed="name, metrics, count(batch), loss(model, batch) -> Loss",
-            do="see mmft/objectives/base.py",
-        )
-    return made
+        raise _misfit(f"{type(made).__name__} has no {', '.join(missing)}")
+    for name, arguments in (("count", 1), ("loss", 2)):
+        try:
+            inspect.signature(getattr(made, name)).bind(*[None] * arguments)
+        except (TypeError, ValueError) as error:
+            raise _misfit(f"{type(made).__name__}.{name} cannot be called: {error}") from error
+    return made if isinstance(made, StepObjective) else _Watched(made)
+
+
+class _Watched:
+    """A user's objective whose answers are looked at before the loop uses them."""
+
+    def __init__(self, made: Objective) -> None:
+        self._made = made
+        self.name = made.name
+
+    @property
+    def metrics(self) -> Mapping[str, tuple[str, str]]:
+        return self._made.metrics
+
+    def count(self, batch: Batch) -> int:
+        found: object = self._made.count(batch)
+        if isinstance(found, bool) or not isinstance(found, int) or found < 0:
+            raise _misfit(f"{self._kind}.count gave {found!r}, no whole number")
+        return found
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        found: object = self._made.loss(model, batch)
+        if not isinstance(found, Loss):
+            raise _misfit(f"{self._kind}.loss gave a {type(found).__name__}, not a Loss")
+        if not isinstance(found.sum, Tensor) or found.sum.dim() != 0:
+            shape = f"of shape {tuple(found.sum.shape)}" if isinstance(found.sum, Tensor) else "that is no tensor"
+            raise _misfit(f"{self._kind}.loss gave a sum {shape}, not a scalar")
+        if found.count != self.count(batch):
+            raise _misfit(f"{self._kind}.loss counted {found.count}, and its count {self.count(batch)}")
+        logged = {name for pair in self.metrics.values() for name in pair} - {"count", *found.logs}
+        if logged:
+            raise _misfit(f"{self._kind}.metrics speaks of {', '.join(sorted(logged))}, which its loss does not log")
+        return found
+
+    @property
+    def _kind(self) -> str:
+        return type(self._made).__name__
+
+
+def _misfit(what: str) -> RecipeError:
+    return RecipeError(
+        what,
+        where="--objective",
+        allowed="name, metrics {NAME: (LOG, LOG or 'count')}, count(batch) -> int, loss(model, batch) -> Loss(sum, "
+        "count, logs)",
+        do="see recipes/example_objective.py and mmft/objectives/base.py",
+    )
 
 
 def source_digest(factory: ObjectiveFactory) -> str:
