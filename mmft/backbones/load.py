@@ -38,7 +38,6 @@ __all__ = [
     "Backbone",
     "chat_template",
     "load_backbone",
-    "load_config",
     "load_processor",
     "meta_backbone",
     "meta_model",
@@ -242,11 +241,6 @@ def chat_template(backbone: Backbone) -> str:
         where=backbone.name,
         do="use a chat (instruct) model, or add chat_template.jinja to the model folder",
     )
-
-
-def load_config(model: ModelSection) -> Any:
-    """The config of a model. Raises BackboneError when there is none that transformers implements."""
-    return _config(model, resolve_model(model.name_or_path)[0])
 
 
 def _any_processor(model: ModelSection) -> Any:

@@ -15,7 +15,7 @@ import torch
 
 from mmft.adapters.build import Adapted
 from mmft.backbones.joint import compose_joint
-from mmft.backbones.load import load_backbone, load_config
+from mmft.backbones.load import load_backbone, read_config
 from mmft.data.pairs import PairRenderer
 from mmft.data.sample import Sample
 from mmft.errors import ExportError
@@ -49,7 +49,7 @@ class Joint(Pairs):
         made = folder / "base"
         if (made / "config.json").is_file():
             return folder_section(recipe.model, made)
-        architectures = getattr(load_config(recipe.model), "architectures", None) or ()
+        architectures = getattr(read_config(recipe.model), "architectures", None) or ()
         if set(architectures) & set(_WHOLE):
             return recipe.model
         dual = load_backbone(recipe.model.model_copy(update={"dtype": "float32"}))

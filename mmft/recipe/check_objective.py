@@ -142,7 +142,7 @@ OBJECTIVE_RULES: tuple[Rule, ...] = (
         "adapter.method",
         ("adapter.method", "objective.name"),
         lambda r: _paired(r) and r.adapter.method in ("prompt", "prefix"),
-        "adapter.method: {adapter.method} puts vectors before a language model's text; this model has none",
+        "adapter.method: {adapter.method} puts vectors before a language model's text; a dual encoder has none",
         "choose lora or another method that changes layers",
     ),
     # A temperature without top_p is refused for every objective.
