@@ -18,7 +18,7 @@ from mmft.backbones.joint import compose_joint
 from mmft.backbones.load import load_backbone, read_config
 from mmft.data.pairs import PairRenderer
 from mmft.data.sample import Sample
-from mmft.errors import ExportError
+from mmft.errors import BackboneError, ExportError
 from mmft.evaluation.answers import PredictionStore
 from mmft.evaluation.joint import JointFound, add_scores, look_at_pairs, score_joint
 from mmft.evaluation.scores import score_records
@@ -49,7 +49,10 @@ class Joint(Pairs):
         made = folder / "base"
         if (made / "config.json").is_file():
             return folder_section(recipe.model, made)
-        architectures = getattr(read_config(recipe.model), "architectures", None) or ()
+        try:
+            architectures = getattr(read_config(recipe.model), "architectures", None) or ()
+        except BackboneError:  # whoever loads the model says so; a plan goes on without its files
+            return recipe.model
         if set(architectures) & set(_WHOLE):
             return recipe.model
         dual = load_backbone(recipe.model.model_copy(update={"dtype": "float32"}))
