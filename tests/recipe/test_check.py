@@ -165,7 +165,7 @@ CASES = [
     ),
     (
         "objective: {name: contrastive}\nevaluate: {group_by: [type]}\n",
-        "evaluate.group_by: retrieval is not split by tags",
+        "evaluate.group_by: scores of a run on pairs are not split by tags",
     ),
     (
         "objective: {name: contrastive}\nadapter: {init_lora_weights: eva}\n",
@@ -175,6 +175,22 @@ CASES = [
         "objective: {name: contrastive}\nadapter: {method: prompt}\nexport: {merge: false}\n"
         "evaluate: {models: [adapter]}\n",
         "adapter.method: prompt puts vectors before a language model's text",
+    ),
+    ("objective: {joint_weights: {caption: 2}}\n", "objective.joint_weights: sft does not read it"),
+    ("objective: {decoder_layers: 3}\n", "objective.decoder_layers: sft does not read it"),
+    ("objective: {name: joint, consistency: cycle}\n", "objective.consistency: joint does not read it"),
+    ("objective: {name: mlm, consistency_weight: 1}\n", "objective.consistency_weight: mlm does not read it"),
+    (
+        "objective: {name: mlm}\nevaluate: {metrics: [bleu]}\n",
+        "evaluate.metrics: an mlm run is scored by the accuracy and perplexity of hidden tokens",
+    ),
+    (
+        "objective: {name: dual, joint_weights: {matching: 1}}\n",
+        "objective.joint_weights: dual learning has no matching term",
+    ),
+    (
+        "objective: {name: dual, joint_weights: {caption: 0, contrastive: 0}}\n",
+        "objective.joint_weights: every term weighs 0, so nothing is learned",
     ),
     ("objective: {prompt: it is}\n", "objective.prompt: sft does not read it"),
     (
