@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel
 
 from mmft.recipe.check_objective import FUSION_READS_NOT
-from mmft.recipe.check_pairs import ONLY_PAIRS_READ, PAIRS_READ_NOT
+from mmft.recipe.check_pairs import JOINT_READS_NOT, ONLY_PAIRS_READ, PAIRS_READ_NOT
 from mmft.recipe.load import load_recipe
 from mmft.recipe.normal import bare, sections
 from mmft.recipe.objective import READS
@@ -361,6 +361,8 @@ def test_the_knobs_stay_within_their_budget():
     common = sum(len(names) for section, names in fields.items() if not section.startswith("objective: "))
     refused = {name: len(ONLY_PAIRS_READ) for name in READS}
     refused["classification"] += len(FUSION_READS_NOT)
+    refused["mlm"] += len(PAIRS_READ_NOT)
+    refused |= {name: refused[name] + len((*JOINT_READS_NOT, "evaluate.group_by")) for name in ("joint", "dual")}
     refused["contrastive"] = len(PAIRS_READ_NOT) + len(("evaluate.metrics", "evaluate.group_by"))
     for name in READS:
         assert common + len(fields[f"objective: {name}"]) - refused.get(name, 0) <= MOST_FIELDS, name

@@ -70,12 +70,19 @@ class Joint(Pairs):
 
     def terms(self, recipe: Recipe) -> list[str]:
         """Heads that are used, and so scored."""
-        return [name for name, weight in weights_of(recipe.objective).items() if weight]
+        return [
+            name for name, weight in weights_of(recipe.objective.name, recipe.objective.joint_weights).items() if weight
+        ]
 
     def objective(self, recipe: Recipe, adapted: Adapted, datasets: Datasets) -> Objective:
         """The weighted sum of the terms."""
         section = recipe.objective
-        return JointObjective(adapted.model, weights=weights_of(section), kind=section.loss, seed=recipe.train.seed)
+        return JointObjective(
+            adapted.model,
+            weights=weights_of(section.name, section.joint_weights),
+            kind=section.loss,
+            seed=recipe.train.seed,
+        )
 
     def compare(self, run: RunFolder, adapted: Adapted, datasets: Datasets) -> dict[str, Any]:
         """What every head says of a few rows."""
@@ -151,7 +158,7 @@ class Dual(Joint):
         section = recipe.objective
         return DualObjective(
             adapted.model,
-            weights={**weights_of(section), "consistency": section.consistency_weight},
+            weights={**weights_of(section.name, section.joint_weights), "consistency": section.consistency_weight},
             form=section.consistency,
             kind=section.loss,
             seed=recipe.train.seed,

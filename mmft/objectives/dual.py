@@ -19,6 +19,9 @@ P(j) the pictures it belongs to, the consistency term is one of
   Text to picture to text: the loop over found pictures is summed instead of sampled,
   `- sum_i Q(x_i | y_j) log p(y_j | x_i) / tokens of y_j`. The term is the sum of the two means.
 
+One adapter in the picture tower serves both directions; the text tower's serves only the finding, the decoder's only
+the writing, so that targets without `vision` train one adapter for each direction.
+
 Price: the table log p(y_j | x_i) takes one decoder forward of texts x pictures rows for a micro-batch (16 to 32 rows
 are usual), `cycle` also a sampled caption for each picture.
 """

@@ -99,7 +99,10 @@ OBJECTIVE_RULES: tuple[Rule, ...] = (
     Rule(
         "objective.joint_weights",
         ("objective.joint_weights", "objective.name"),
-        lambda r: r.objective.name in ("joint", "dual") and not any(weights_of(r.objective).values()),
+        lambda r: (
+            r.objective.name in ("joint", "dual")
+            and not any(weights_of(r.objective.name, r.objective.joint_weights).values())
+        ),
         "objective.joint_weights: every term weighs 0, so nothing is learned",
         "give one of them a weight",
     ),

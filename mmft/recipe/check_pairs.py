@@ -13,6 +13,8 @@ def _paired(recipe: Recipe) -> bool:
 
 PAIRS_READ_NOT = FUSION_READS_NOT
 """Fields of conversations and of written answers."""
+JOINT_READS_NOT = ("data.system", "data.supervise", "evaluate.top_p", "evaluate.temperature")
+"""Fields of conversations and of drawn answers; captions of joint and dual runs are greedy or a beam's."""
 ONLY_PAIRS_READ = ("evaluate.class_tag", "evaluate.templates", "export.interpolate")
 """Fields outside of the objective's section that other objectives refuse."""
 
@@ -24,6 +26,18 @@ def _not_paired(field: str) -> Rule:
         (field, "objective.name"),
         lambda r: _paired(r) and told(getattr(r, section), name),
         f"{field}: a contrastive run writes no text and reads no conversations",
+        "take it out",
+    )
+
+
+def _not_joint(field: str) -> Rule:
+    section, _, name = field.partition(".")
+    refusing = ("mlm", *(("joint", "dual") if field in JOINT_READS_NOT else ()))
+    return Rule(
+        field,
+        (field, "objective.name"),
+        lambda r: r.objective.name in refusing and told(getattr(r, section), name),
+        f"{field}: a run of {{objective.name}} does not read it",
         "take it out",
     )
 
@@ -41,6 +55,7 @@ def _unclassified(name: str) -> Rule:
 PAIR_RULES: tuple[Rule, ...] = (
     # A temperature without top_p is refused for every objective.
     *(_not_paired(field) for field in PAIRS_READ_NOT if field != "evaluate.temperature"),
+    *(_not_joint(field) for field in PAIRS_READ_NOT if field != "evaluate.temperature"),
     Rule(
         "objective.probe_set",
         ("objective.probe_set", "train.eval_steps"),

@@ -143,6 +143,27 @@ def test_several_micro_batches_tie_within_each():
     assert sums["loss"] / 6 == pytest.approx(wanted.item(), rel=1e-9)
 
 
+def test_each_tower_serves_its_direction():
+    """An adapter in the text tower learns from finding alone, one in the decoder from writing alone, one in the
+    picture tower from both."""
+    model, data = load("joint"), batch()
+    reached = {}
+    for term in ("contrastive", "caption"):
+        model.zero_grad(set_to_none=True)
+        objective = DualObjective(model, weights={"contrastive": 0.0, "caption": 0.0, "consistency": 0.0, term: 1.0})
+        objective.loss(model, data).sum.backward()
+        found = {name for name, value in gradients(model).items() if value.abs().max() > 0}
+        reached[term] = {
+            part
+            for part in ("dual.text_model", "dual.vision_model", "decoder")
+            if any(n.startswith(part) for n in found)
+        }
+    assert reached == {
+        "contrastive": {"dual.text_model", "dual.vision_model"},
+        "caption": {"decoder", "dual.vision_model"},
+    }
+
+
 def test_a_model_that_does_not_write_is_refused():
     with pytest.raises(BackboneError, match="no head for: caption"):
         DualObjective(load("blip"), weights={"contrastive": 1.0, "caption": 1.0})

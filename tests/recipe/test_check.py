@@ -180,6 +180,14 @@ CASES = [
     ("objective: {decoder_layers: 3}\n", "objective.decoder_layers: sft does not read it"),
     ("objective: {name: joint, consistency: cycle}\n", "objective.consistency: joint does not read it"),
     ("objective: {name: mlm, consistency_weight: 1}\n", "objective.consistency_weight: mlm does not read it"),
+    ("objective: {name: dual}\ndata: {system: x}\n", "data.system: a run of dual does not read it"),
+    ("objective: {name: joint}\ndata: {supervise: last_answer}\n", "data.supervise: a run of joint does not read it"),
+    ("objective: {name: dual}\nevaluate: {top_p: 0.9}\n", "evaluate.top_p: a run of dual does not read it"),
+    ("objective: {name: mlm}\nevaluate: {num_beams: 2}\n", "evaluate.num_beams: a run of mlm does not read it"),
+    (
+        "objective: {name: mlm}\nevaluate: {max_new_tokens: 8}\n",
+        "evaluate.max_new_tokens: a run of mlm does not read it",
+    ),
     (
         "objective: {name: mlm}\nevaluate: {metrics: [bleu]}\n",
         "evaluate.metrics: an mlm run is scored by the accuracy and perplexity of hidden tokens",

@@ -10,7 +10,7 @@ from typing import Literal
 
 from mmft.recipe.objective.captioning import CaptioningFields
 from mmft.recipe.objective.classification import ClassificationFields
-from mmft.recipe.objective.contrastive import ContrastiveFields
+from mmft.recipe.objective.contrastive import ContrastiveFields, SimilarityFields
 from mmft.recipe.objective.joint import DualFields, JointFields
 from mmft.recipe.objective.pairs import PairFields
 from mmft.recipe.objective.sft import SmoothingFields
@@ -18,11 +18,11 @@ from mmft.recipe.section import Section
 
 READS: dict[str, tuple[type[Section], ...]] = {
     "sft": (SmoothingFields,),
-    "contrastive": (PairFields, ContrastiveFields),
+    "contrastive": (PairFields, SimilarityFields, ContrastiveFields),
     "captioning": (SmoothingFields, PairFields, CaptioningFields),
     "classification": (SmoothingFields, ClassificationFields),
-    "joint": (PairFields, ContrastiveFields, JointFields),
-    "dual": (PairFields, ContrastiveFields, JointFields, DualFields),
+    "joint": (PairFields, SimilarityFields, JointFields),
+    "dual": (PairFields, SimilarityFields, JointFields, DualFields),
     "mlm": (),
 }
 """Objective -> the groups of fields it reads."""
@@ -31,6 +31,7 @@ READS: dict[str, tuple[type[Section], ...]] = {
 class ObjectiveSection(
     SmoothingFields,
     PairFields,
+    SimilarityFields,
     ContrastiveFields,
     CaptioningFields,
     ClassificationFields,

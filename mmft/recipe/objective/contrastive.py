@@ -7,13 +7,18 @@ from typing import Literal
 from mmft.recipe.section import Section, Share
 
 
-class ContrastiveFields(Section):
+class SimilarityFields(Section):
     """Fields of objectives that compare pictures with texts."""
 
     loss: Literal["infonce", "sigmoid"] = "infonce"
     """CLIP's loss, or SigLIP's."""
     train_logit_scale: bool = True
     """Train the scale and bias of the similarities too."""
+
+
+class ContrastiveFields(Section):
+    """Fields of a dual encoder's own runs."""
+
     cache_features: bool | None = None
     """true: compute what a tower that is not trained says of a picture or text once, and keep it in memory (1 GB a
     tower); an error where every tower is trained."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -30,7 +31,7 @@ class DualFields(Section):
     """Weight of the consistency term; 0 trains the two directions side by side."""
 
 
-def weights_of(section: Any) -> dict[str, float]:
-    """Term -> weight of a joint or dual objective section, the unnamed ones filled in."""
-    terms = ("contrastive", "caption") if section.name == "dual" else ("contrastive", "matching", "caption")
-    return {term: float(section.joint_weights.get(term, 1.0)) for term in terms}
+def weights_of(name: str, given: Mapping[str, float]) -> dict[str, float]:
+    """Term -> weight of a `joint` or `dual` objective, the unnamed ones filled in."""
+    terms = ("contrastive", "caption") if name == "dual" else ("contrastive", "matching", "caption")
+    return {term: float(given.get(term, 1.0)) for term in terms}
