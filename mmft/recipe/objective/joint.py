@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -31,7 +31,7 @@ class DualFields(Section):
     """Weight of the consistency term; 0 trains the two directions side by side."""
 
 
-def weights_of(name: str, given: Mapping[str, float]) -> dict[str, float]:
+def weights_of(name: str, given: Mapping[Any, float]) -> dict[str, float]:
     """Term -> weight of a `joint` or `dual` objective, the unnamed ones filled in."""
     terms = ("contrastive", "caption") if name == "dual" else ("contrastive", "matching", "caption")
     return {term: float(given.get(term, 1.0)) for term in terms}
