@@ -35,6 +35,8 @@ def recipe(folder: Path, name: str, model: Path, **changes: Any) -> dict[str, An
         "train.save_steps": 1,
         "train.eval_steps": 2,
     }
+    if name == "mlm":
+        del fixed["evaluate.max_new_tokens"]
     return values(folder, fixed | {key.replace("__", "."): value for key, value in changes.items()})
 
 
