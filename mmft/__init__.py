@@ -14,6 +14,7 @@ __all__ = [
     "build_data",
     "check",
     "combine",
+    "convert",
     "evaluate",
     "export_model",
     "generate",
@@ -23,6 +24,7 @@ __all__ = [
     "preview",
     "push",
     "report",
+    "stats",
     "trace",
     "train",
     "validate",
@@ -149,6 +151,24 @@ def check(
 
     options: dict[str, Any] = {"against": against, "model": model, "max_length": max_length, "allow": allow}
     return run(data, overrides, fix=fix, out=out, workers=workers, quiet=quiet, **options)
+
+
+def convert(
+    data: str | Path, out: str | Path, *, to: str, media_root: str | Path | None = None, quiet: bool = False
+) -> dict[str, Any]:
+    """Write a data set as `messages`, `llava`, `parquet` or `webdataset`, with its media."""
+    from mmft.converting import convert as run
+
+    return run(data, out, to=to, media_root=media_root, quiet=quiet)
+
+
+def stats(
+    data: str | Path, *, model: str | None = None, media_root: str | Path | None = None, limit: int = 2000
+) -> dict[str, Any]:
+    """What a data set holds: rows, media, sizes, lengths, answers, classes."""
+    from mmft.converting import stats as run
+
+    return run(data, model=model, media_root=media_root, limit=limit)
 
 
 def plan(recipe: RecipeLike, overrides: Sequence[str] = ()) -> dict[str, Any]:

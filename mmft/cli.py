@@ -99,6 +99,40 @@ def check(
 
 
 @app.command()
+def stats(
+    data: Annotated[Path, typer.Argument(help="Data file or folder.")],
+    model: Annotated[str | None, typer.Option(help="Whose processor counts tokens.")] = None,
+    media_root: Annotated[Path | None, typer.Option(help="Folder that media paths are relative to.")] = None,
+    limit: Annotated[int, typer.Option(help="Rows that are measured.")] = 2000,
+    as_json: Json = False,
+) -> None:
+    """Print what a data set holds: rows, media, sizes, lengths, answers, classes."""
+    values = mmft.stats(data, model=model, media_root=media_root, limit=limit)
+    cells = [
+        [name, "  ".join(f"{k} {v}" for k, v in one.items()) if isinstance(one, dict) else str(one)]
+        for name, one in values.items()
+        if one != {}
+    ]
+    _show(values, as_json=as_json, text=_table(str(data), ["what", "values"], cells))
+
+
+@app.command()
+def convert(
+    data: Annotated[Path, typer.Argument(help="Data file or folder.")],
+    out: Annotated[Path, typer.Argument(help="New folder, or for parquet a new file.")],
+    to: Annotated[str, typer.Option(help="messages, llava, parquet or webdataset.")],
+    media_root: Annotated[Path | None, typer.Option(help="Folder that media paths are relative to.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a data set in another form, with its media; exit code 3 when bad rows were left out."""
+    values = mmft.convert(data, out, to=to, media_root=media_root)
+    told = "".join(f"\nleft out {one['where']}: {one['reason']}" for one in values["bad"][:5])
+    _show(values, as_json=as_json, text=f"{values['rows']} rows written to {out}, {len(values['bad'])} left out{told}")
+    if values["bad"]:
+        raise typer.Exit(3)
+
+
+@app.command()
 def plan(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -> None:
     """Print parts, trainable counts, rows, token lengths, steps and memory; train nothing."""
     from mmft.summary import plan_text

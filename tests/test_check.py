@@ -122,3 +122,9 @@ def test_looks():
     assert likes.find(likeness(again)) == likes.find(likeness(again.resize((96, 96)))) == "7"
     assert all(likes.find(likeness(spoilt.picture(seed))) is None for seed in range(100, 400))
     assert not likeness(Image.new("RGB", (20, 20), (9, 9, 9))).telling
+    ground = Image.new("RGB", (96, 96), (200, 220, 210))
+    held, other = ground.copy(), ground.copy()
+    held.paste((250, 230, 40), (60, 60, 76, 84))
+    other.paste((90, 90, 100), (60, 60, 76, 84))
+    likes.add(likeness(held), "small thing")
+    assert likes.find(likeness(held.resize((64, 64)))) == "small thing" and likes.find(likeness(other)) is None

@@ -51,6 +51,7 @@ FLOORS = {
     "run": 5,
     "planning": 5,
     "checking": 5,
+    "converting": 5,
     "tracing": 5,
     "answer": 5,
     "prove": 5,

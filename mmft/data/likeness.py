@@ -10,9 +10,12 @@ from PIL import Image
 
 MOST_BITS = 3
 """Bits of 64 that the hashes of one picture, scaled or compressed again, may differ by."""
-MOST_COLOUR = 6.0
-"""Mean difference of the thumbnails' values (0 to 255) below which they show the same."""
+MOST_COLOUR, MOST_GREY = 10.0, 12.0
+"""Mean difference of the thumbnails' colours, and largest of their brightness (0 to 255), up to which they show the
+same. JPEG and scaling changed the brightness of a cell by at most 7 and colours by 8 in 300 made pictures; another
+small thing on the same ground changes some cell's brightness by tens."""
 _SIDE = 8
+_GREY = np.array([0.299, 0.587, 0.114])
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ class Likes:
             for other, name in self._held.get((place, one.bits >> 16 * place & 0xFFFF), ()):
                 if (one.bits ^ other.bits).bit_count() <= MOST_BITS:
                     theirs = np.frombuffer(other.colours, np.uint8)
-                    if np.abs(colours - theirs).mean() <= MOST_COLOUR:
+                    apart = colours - theirs
+                    grey = np.abs(apart.reshape(-1, 3) @ _GREY).max()
+                    if grey <= MOST_GREY and np.abs(apart).mean() <= MOST_COLOUR:
                         return name
         return None

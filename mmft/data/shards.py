@@ -94,5 +94,5 @@ def _member(
         raise DataError(f"'{member.name}' cannot be read: {error}", where=where, allowed="UTF-8 text, JSON") from error
     if not isinstance(found, dict):
         raise DataError(f"'{member.name}' holds a {type(found).__name__}", where=where, allowed="a JSON object")
-    # A medium that is a member of its own wins over the file name that the json tells.
-    return {name: value for name, value in found.items() if name not in row}
+    # A medium that is a member of its own wins over the file name that the json tells; its id wins over the key.
+    return {name: value for name, value in found.items() if name not in row or name == "id"}

@@ -154,8 +154,8 @@ def _check_header(rate: int, channels: int, seconds: float, *, where: str, max_s
         raise DataError(
             f"the sound lasts {seconds:.1f} s or more",
             where=where,
-            allowed=f"at most {max_seconds:g} s (data.max_media_seconds)",
-            do="cut it, or raise data.max_media_seconds",
+            allowed=f"at most {max_seconds:g} s",
+            do="cut it, or remove the row",
         )
 
 

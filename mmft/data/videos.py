@@ -147,7 +147,7 @@ def _taken(file: Any, name: str, choice: tuple[int | None, float | None], caps: 
     lasts = [float(track.duration * track.time_base)] if track.duration and track.time_base else []
     lasts += [file.duration / 1e6] if file.duration else []
     if lasts and max(lasts) > max_seconds:
-        raise _too_long(f"{max(lasts):.1f} s", name, f"at most {max_seconds:g} s (data.max_media_seconds)")
+        raise _too_long(f"{max(lasts):.1f} s", name, f"at most {max_seconds:g} s")
     times = sorted(_times(file, track, name, max_seconds))
     if not times:
         raise _corrupt("it has no frames", name)
