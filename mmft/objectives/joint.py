@@ -236,7 +236,7 @@ class JointObjective:
         """
         placed = [step.place(batch).inputs for batch in micros]
         words = [Words.of(inputs) for inputs in placed]
-        counts = _over_ranks([self.counts(one) for one in words], step)
+        counts = _over_ranks([self.counts(one) for one in words], step, device=words[0].ids.device)
         heads = heads_of(model)
         if len(micros) == 1 and step.world == 1:
             with step.autocast():
@@ -326,10 +326,10 @@ def _embedded(looked: Looked) -> list[tuple[int, Tensor]]:
     return [(0, looked.seen.embeds), (1, looked.texts)]
 
 
-def _over_ranks(counts: Sequence[Mapping[str, int]], step: StepContext) -> dict[str, float]:
+def _over_ranks(counts: Sequence[Mapping[str, int]], step: StepContext, *, device: torch.device) -> dict[str, float]:
     """The terms' counts of the whole step."""
     names = sorted({name for one in counts for name in one})
-    values = torch.tensor([float(sum(one.get(name, 0) for one in counts)) for name in names])
+    values = torch.tensor([float(sum(one.get(name, 0) for one in counts)) for name in names], device=device)
     if step.world > 1:
         dist.all_reduce(values)
     return dict(zip(names, values.tolist(), strict=True))

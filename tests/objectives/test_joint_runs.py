@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+import yaml
 from safetensors.torch import load_file
 
 import mmft
@@ -17,6 +19,7 @@ from mmft.errors import RecipeError
 from mmft.objectives.joint_heads import heads_of
 from tests.objectives.joints import templated_dual, tiny_blip, tiny_blip2, tiny_blip_joint, tiny_masked
 from tests.objectives.pairs import values
+from tests.runs import run_process
 
 HEADS = {"language": ("attention",), "cross_attention": ()}
 
@@ -90,6 +93,32 @@ def test_a_dual_run_learns_and_resumes_exactly(form, tmp_path):
     mmft.train(again, resume=True, quiet=True)
     resumed = load_file(stopped / "adapter" / "adapter_model.safetensors")
     assert first.keys() == resumed.keys() and all(torch.equal(first[name], resumed[name]) for name in first)
+
+
+@pytest.mark.parametrize(("name", "consistency"), [("joint", "duality"), ("dual", "cycle")])
+def test_two_processes_compute_what_one_does(name, consistency, tmp_path):
+    """Negatives, sampled captions and counts too; both processes compose the base, one of them first."""
+    changes: dict[str, Any] = {"export.merge": False, "evaluate.models": ["adapter"], "train.save_steps": 0}
+    if name == "dual":
+        changes["objective.consistency"] = consistency
+    given = {key.replace(".", "__"): value for key, value in changes.items()}
+    losses = []
+    for place in ("one", "two"):
+        path = tmp_path / f"{place}.yaml"
+        path.write_text(
+            yaml.safe_dump(recipe(tmp_path / place, name, templated_dual(), adapter__targets=["language"], **given))
+        )
+        if place == "one":
+            mmft.train(path, quiet=True)
+        else:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+            outcome = run_process(*launch, "-m", "mmft", "train", path, ACCELERATE_USE_CPU="true")
+            assert outcome.code == 0, outcome.err[-3000:]
+        lines = (tmp_path / place / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line) for line in lines])
+    for one, two in zip(*losses, strict=True):
+        shared = [key for key in one if key not in ("samples_per_second", "learning_rate")]
+        assert {key: two[key] for key in shared} == pytest.approx({key: one[key] for key in shared}, rel=1e-4)
 
 
 def test_a_merged_joint_model_loads_in_plain_transformers(tmp_path):
