@@ -178,6 +178,7 @@ class Renderer:
 
     def _images(self, turns: Sequence[Turn], media: Sequence[MediaRef], *, prompt: bool) -> list[Image.Image]:
         """The row's pictures, all made smaller by one factor where the recipe asks for it and the row is too long."""
+        _only_pictures(media)
         images = [open_image(ref, max_pixels=self.max_image_pixels) for ref in media]
         if self.over_length != "shrink_images" or not images:
             return images
@@ -279,6 +280,7 @@ class Renderer:
         return _capped(turns, low)
 
     def _length(self, sample: Sample) -> int:
+        _only_pictures(sample.media)
         sizes = [image_size(ref, max_pixels=self.max_image_pixels) for ref in sample.media]
         return len(self._plain(self.text(sample.turns))[0]) + sum(map(self._gain, sizes))
 
@@ -301,6 +303,16 @@ class Renderer:
             except (ValueError, TypeError, AttributeError):
                 self._per_row = frozenset()  # one picture per row only: both layouts are the same
         return self._per_row
+
+
+def _only_pictures(media: Sequence[MediaRef]) -> None:
+    other = next((ref.kind for ref in media if ref.kind != "image"), None)
+    if other is not None:
+        raise DataError(
+            f"a conversation takes no {other} yet",
+            allowed="pictures; sounds and videos in pairs and tables",
+            do="take the row out, or give a video's frames as pictures",
+        )
 
 
 def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:

@@ -406,3 +406,23 @@ def test_hostile_and_broken_conversations(tmp_path, row, text):
         if key in {*row, ""}
     )
     assert text in load(tmp_path / "rows.jsonl", format=form).bad[0][1]
+
+
+def test_a_datasets_folder_with_pictures_and_sounds(tmp_path):
+    """Features that would be decoded on reading are read as bytes: the caps come before any decoding."""
+    import datasets
+
+    picture(tmp_path / "a.png", 3)
+    held = {
+        "image": [{"bytes": (tmp_path / "a.png").read_bytes(), "path": None}],
+        "audio": [{"bytes": wav(TONE), "path": "s.wav"}],
+        "note": ["a long text of a few words"],
+        "label": ["x"],
+    }
+    made = datasets.Dataset.from_dict(held)
+    made = made.cast_column("image", datasets.Image()).cast_column("audio", datasets.Audio(sampling_rate=16000))
+    made.save_to_disk(str(tmp_path / "d"))
+    loaded = load(tmp_path / "d", wanted=("table",))
+    assert loaded.columns.kinds == {"image": "image", "audio": "audio", "note": "text", "label": "label"}
+    opened = open_sample(loaded.samples[0])
+    assert opened["image"].getpixel((0, 0)) == (3, 10, 20) and opened["audio"].shape == (800,)

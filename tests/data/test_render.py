@@ -309,3 +309,13 @@ def test_the_fast_way_costs_less_than_a_third_of_the_slow_one():
         return time.process_time() - start
 
     assert 3 * cost(renderer.render) < cost(renderer.render_slowly)
+
+
+@pytest.mark.parametrize("kind", ["audio", "video"])
+def test_other_media_than_pictures_are_refused_by_name(kind):
+    one = sample("What?", "a cat")
+    one = dataclasses.replace(one, media=(MediaRef(kind, data=b"x"),))
+    renderer = Renderer(processor("llava"), max_length=4096)
+    for work in (renderer.render, renderer.prompt, renderer.length):
+        with pytest.raises(DataError, match=f"takes no {kind} yet[\\s\\S]*rows.jsonl:1"):
+            work(one)
