@@ -110,6 +110,14 @@ def is_composed(config: Any) -> bool:
     return set(getattr(config, "sub_configs", None) or ()) == {"encoder", "decoder"}
 
 
+def supports_sdpa(cls: Any, config: Any) -> bool:
+    """Whether a model class has torch's attention kernel; of a composed model, both of its halves."""
+    halves = []
+    if is_composed(config):
+        halves = [_mapped("MODEL_MAPPING", config.encoder), _mapped("MODEL_FOR_CAUSAL_LM_MAPPING", config.decoder)]
+    return all(half._supports_sdpa for half in (cls, *halves) if half is not None)
+
+
 def default_config(model_type: str) -> Any:
     """The default config of a model type, completed where transformers' own defaults cannot be built."""
     from transformers import AutoConfig

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from mmft.backbones.classes import default_config, is_composed, model_class, native_types, on_meta, writes_text
+from mmft.backbones.classes import default_config, model_class, native_types, on_meta, supports_sdpa, writes_text
 from mmft.backbones.joint import register
 from mmft.backbones.parts import Parts, find_parts
 from mmft.backbones.processors import whole_processor
@@ -129,7 +129,7 @@ def load_backbone(
     target, folder = resolve_model(model.name_or_path)
     config = read_config(model)
     cls = model_class(config, name=model.name_or_path)
-    attention = _attention(model, cls)
+    attention = _attention(model, cls, config)
     if folder is not None:
         _check_weights(model, folder)
     on_cpu = device is None or device.type == "cpu"
@@ -267,7 +267,7 @@ def _processor_of(model: ModelSection, config: Any, folder: Path | None) -> Any:
     made_up = folder is not None and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
     if hasattr(found, "pad_token_id") and made_up:
         return None
-    return whole_processor(found, target, revision=model.revision) if is_composed(config) else found
+    return whole_processor(found, config, target, revision=model.revision)
 
 
 def _no_processor(name: str, found: Any) -> BackboneError:
@@ -314,10 +314,10 @@ def _channels_last(model: torch.nn.Module) -> None:
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
 
-def _attention(model: ModelSection, cls: Any) -> str:
+def _attention(model: ModelSection, cls: Any, config: Any) -> str:
     """The attention kernel: the one asked for, which must be supported; when none was, sdpa, else eager."""
     supported = ["eager"]
-    supported += ["sdpa"] if cls._supports_sdpa else []
+    supported += ["sdpa"] if supports_sdpa(cls, config) else []
     supported += ["flash_attention_2"] if cls._supports_flash_attn else []
     supported += ["flex_attention"] if cls._supports_flex_attn else []
     if "attn_implementation" not in model.model_fields_set and model.attn_implementation not in supported:

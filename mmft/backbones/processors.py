@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmft.backbones.classes import is_composed
+
 _MEDIA = ("image_processor", "feature_extractor")
 
 
-def whole_processor(found: Any, target: str, *, revision: str | None) -> Any:
-    """`found` (what AutoProcessor gave) where it has a tokenizer and what opens media; else one of both halves.
+def whole_processor(found: Any, config: Any, target: str, *, revision: str | None) -> Any:
+    """`found` (what AutoProcessor gave), or for a composed model that lacks a half in it, one of both halves.
 
     `target` is what `from_pretrained` is given. Where a half is missing there, `found` comes back.
     """
@@ -20,7 +22,11 @@ def whole_processor(found: Any, target: str, *, revision: str | None) -> Any:
         Wav2Vec2Processor,
     )
 
-    if hasattr(found, "tokenizer") and any(getattr(found, name, None) is not None for name in _MEDIA):
+    if (
+        not is_composed(config)
+        or hasattr(found, "tokenizer")
+        and any(getattr(found, name, None) is not None for name in _MEDIA)
+    ):
         return found
 
     def load(loader: Any) -> Any:

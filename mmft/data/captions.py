@@ -65,7 +65,10 @@ def caption_shape(cls: Any, config: Any) -> CaptionShape:
 
     longest = next((value for name in _LENGTHS if isinstance(value := getattr(holders[-1], name, None), int)), None)
     if DECODER_IDS in accepts and bool(getattr(config, "is_encoder_decoder", False)):
-        start, pad = told("decoder_start_token_id"), told("pad_token_id")
+        # A composed model reads its own config alone: in that of its decoder stands what that family begins with.
+        own = getattr(config, "decoder_start_token_id", None)
+        start = own if getattr(config, "decoder", None) is inner else told("decoder_start_token_id")
+        pad = told("pad_token_id")
         if start is None:
             raise BackboneError(
                 f"{cls.__name__} has no decoder_start_token_id: its decoder does not know how a caption begins",

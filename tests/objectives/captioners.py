@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import wave
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -208,3 +209,57 @@ def samples(count: int = 4, *, sound: bool = False) -> list[Sample]:
         )
         for number in range(count)
     ]
+
+
+@functools.cache
+def sound_rows() -> Path:
+    """The tones with a word each, as rows of pairs."""
+    words = ("low", "deep", "middle", "hum", "high", "shrill", "sharp", "top")
+    path = sound_folder() / "rows.jsonl"
+    lines = [json.dumps({"audio": f"{place}.wav", "caption": word}) for place, word in enumerate(words)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def values(folder: Path, changes: Mapping[str, Any] | None = None, *, kind: str = "bart") -> dict[str, Any]:
+    """A captioning recipe: LoRA in cross-attention, 8 rows a step in two micro-batches, fp32; `changes` by dots."""
+    sound = kind in SOUNDS
+    recipe: dict[str, Any] = {
+        "name": "captions",
+        "model": {"name_or_path": str(captioner_folder(kind)), "dtype": "float32"},
+        "adapter": {
+            "targets": ["language.attention"] if kind == "git" else ["cross_attention"],
+            "lora_rank": 8,
+            "lora_dropout": 0.1,
+        },
+        "data": {
+            "train": [{"path": str(sound_rows() if sound else pair_rows())}],
+            "eval": [{"path": str(sound_rows() if sound else pair_rows(8, 1)), "name": "held"}],
+            "max_length": 32,
+        },
+        "objective": {"name": "captioning", "captions_per_image": 1},
+        "train": {
+            "output_dir": str(folder / "runs"),
+            "per_device_train_batch_size": 4,
+            "effective_batch_size": 8,
+            "max_steps": 4,
+            "learning_rate": 1e-2,
+            "bf16": False,
+            "save_steps": 2,
+            "logging_steps": 1,
+        },
+        "evaluate": {
+            "metrics": ["cider", "bleu"],
+            "bootstrap_samples": 50,
+            "per_device_eval_batch_size": 8,
+            "max_new_tokens": 8,
+        },
+        "export": {"verify_rows": 4},
+    }
+    for key, value in (changes or {}).items():
+        *sections, last = key.split(".")
+        place = recipe
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return recipe
