@@ -169,20 +169,20 @@ class CaptionRenderer:
         spoken = self.prompt if self.shape.prompt == "decoder" and not self._header else ""
         return [*self._lead, *(self._ids(spoken) if spoken else [])]
 
-    def _caption(self, text: str) -> list[int]:
-        """The caption's tokens with the end behind, cut to the length where the recipe allows it."""
+    def _caption(self, text: str, *, whole: bool = False) -> list[int]:
+        """The caption's tokens with the end behind, cut (unless `whole`) to the length where the recipe allows it."""
         spoken = self.prompt if self.shape.prompt == "decoder" and not self._header else ""
         ids = self._ids(text)
         if spoken:
             before, both = self._ids(spoken), self._ids(f"{spoken} {text}")
             ids = both[len(before) :] if both[: len(before)] == before else ids
-        if self.over_length == "truncate_text":
+        if self.over_length == "truncate_text" and not whole:
             ids = ids[: max(1, self.max_length - len(self._opening()) - len(self._trail))]
         return [*ids, *self._trail]
 
     def length(self, sample: Sample) -> int:
-        """Tokens of the row's longest caption, prompt and end included."""
-        return len(self._opening()) + max(len(self._caption(text)) for text in sample.answers)
+        """Tokens of the row's longest caption before it is cut, prompt and end included."""
+        return len(self._opening()) + max(len(self._caption(text, whole=True)) for text in sample.answers)
 
     def fits(self, sample: Sample) -> bool:
         """Whether every caption of the row has at most `max_length` tokens."""

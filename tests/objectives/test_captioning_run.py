@@ -187,6 +187,9 @@ def test_an_over_long_caption_is_dropped_or_cut(tmp_path, way):
     changes = {**NO_MERGE, "data.train": source, "data.over_length": way, "train.max_steps": 1}
     report = mmft.train(values(tmp_path, changes), quiet=True)
     assert report["training"]["rows"] == (1 if way == "drop" else 2)
+    events = read_lines(tmp_path / "runs" / "captions" / "events.jsonl")
+    told = next(row for row in events if row["kind"] == "long_rows")
+    assert told["done"] == ("dropped" if way == "drop" else "cut") and len(told["rows"]) == 1
 
 
 def test_sounds_and_pictures_are_told_apart(tmp_path):
