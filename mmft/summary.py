@@ -56,9 +56,33 @@ def summary_text(report: dict[str, Any]) -> str:
         )
     if report.get("merge"):
         lines.append(merge_text(report["merge"]))
+    lines += _probe_lines(report.get("probe")) + _between_lines(report)
     if report.get("page"):
         lines.append(f"report: {report['page']}")
     return "\n".join(lines)
+
+
+def _probe_lines(probe: dict[str, Any] | None) -> list[str]:
+    """What the guard against forgetting saw."""
+    if not probe:
+        return []
+    fallen = f"; it fell further at step {probe['fallen_at']}" if probe["fallen_at"] else ""
+    return [
+        f"probe {probe['set']}: {probe['metric']} {probe['before']:.3f} before training, {probe['last']:.3f} at the "
+        f"last look (a fall of {probe['allowed_drop']:g} is allowed){fallen}"
+    ]
+
+
+def _between_lines(report: dict[str, Any]) -> list[str]:
+    """The headline of the models between base and tuned, a line for each set."""
+    found = report.get("interpolation")
+    if not found:
+        return []
+    lines = []
+    for name, rows in found["sets"].items():
+        values = ", ".join(f"{alpha}: {row[report['headline']]['value']:.3f}" for alpha, row in rows.items())
+        lines.append(f"{name} from base (0) to tuned (1): {values}")
+    return [*lines, f"the model at {found['written']:g}: {found['folder']}"]
 
 
 def merge_text(merge: dict[str, Any]) -> str:

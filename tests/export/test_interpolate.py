@@ -16,6 +16,7 @@ import mmft
 from mmft.errors import ExportError, RecipeError
 from mmft.export.interpolate import interpolate, interpolate_models
 from mmft.files import verify_folder
+from mmft.summary import summary_text
 from tests.objectives.pairs import tiny_dual, values
 from tests.runs import workshop
 
@@ -74,6 +75,8 @@ def test_the_curve_stands_in_the_report():
     chart = report["charts"][0]
     assert [x for x, _ in chart["series"]["held"]] == [0, 0.25, 0.5, 0.75, 1]
     assert "between base (0) and tuned (1)" in (run / "report.html").read_text()
+    lines = summary_text(report)
+    assert "held from base (0) to tuned (1): 0: " in lines and f"the model at 0.5: {run / 'interpolated'}" in lines
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,6 +13,7 @@ import yaml
 
 import mmft
 from mmft.errors import RecipeError
+from mmft.summary import summary_text
 from tests.objectives.pairs import COLOURS, pair_rows, values
 from tests.runs import read_lines, run_process, workshop
 
@@ -63,6 +64,8 @@ def test_it_warns_when_the_probe_set_falls(tmp_path):
     assert [row["kind"] for row in read_lines(run / "events.jsonl")].count("forgetting") >= 1
     page = (run / "report.html").read_text()
     assert "Probe set: R@1" in page
+    line = next(line for line in summary_text(report).splitlines() if line.startswith("probe held"))
+    assert f"it fell further at step {probe['fallen_at']}" in line
 
 
 def test_it_stops_when_the_recipe_says_so(tmp_path):
