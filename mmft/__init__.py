@@ -59,18 +59,19 @@ def train(
     overwrite: bool = False,
     quiet: bool = False,
     objective: Any = None,
+    rewards: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Run a recipe to its end (train, save, merge, verify, evaluate, report) and return `report.json` as values.
 
     `objective`: a loss of your own in the place of the recipe's, as `FILE.py:NAME` or as a class or function that
-    takes (model, recipe).
+    takes (model, recipe). `rewards`: functions of one sampled answer in the place of `objective.rewards`, likewise.
     """
     from mmft.quiet import quiet_upstream
 
     quiet_upstream()
     from mmft.run import train as run
 
-    return run(recipe, overrides, resume=resume, overwrite=overwrite, quiet=quiet, objective=objective)
+    return run(recipe, overrides, resume=resume, overwrite=overwrite, quiet=quiet, objective=objective, rewards=rewards)
 
 
 def evaluate(run: str | Path, *, quiet: bool = False) -> dict[str, Any]:

@@ -47,12 +47,23 @@ def train(
     objective: Annotated[
         str | None, typer.Option(help="FILE.py:NAME of a loss of your own in the place of the recipe's.")
     ] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option(help="FILE.py:NAME of a reward function in the place of the recipe's (again).")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train, save, merge, verify, evaluate, report."""
     from mmft.summary import summary_text
 
-    report = mmft.train(recipe, overrides or [], resume=resume, overwrite=overwrite, quiet=quiet, objective=objective)
+    report = mmft.train(
+        recipe,
+        overrides or [],
+        resume=resume,
+        overwrite=overwrite,
+        quiet=quiet,
+        objective=objective,
+        rewards=reward or [],
+    )
     if report:  # ranks other than 0 have none
         _show(report, as_json=as_json, text=summary_text(report))
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mmft.adapters.build import build_adapters
 from mmft.backbones.load import load_backbone
 from mmft.kinds import kind_of
-from mmft.kinds.custom import ObjectiveFactory, find_factory
+from mmft.kinds.custom import ObjectiveFactory, find_factory, find_rewards
 from mmft.outcome import evaluate_stage, export_stage, keep_trained, report_stage, restore_trained
 from mmft.recipe.load import load_recipe
 from mmft.runfolder import find_run, open_run, read_json
@@ -24,14 +25,17 @@ def train(
     overwrite: bool = False,
     quiet: bool = False,
     objective: str | ObjectiveFactory | None = None,
+    rewards: Sequence[str | Callable[..., float]] = (),
 ) -> dict[str, Any]:
     """Run a recipe to its end; returns the report (an empty dict on ranks other than 0).
 
     `objective` (`FILE.py:NAME`, or a class or function of (model, recipe)) takes the place of the recipe's own.
+    `rewards` (`FILE.py:NAME`, or functions of one attempt) take the place of `objective.rewards`.
     Raises MmftError of the kind that stopped it, and Interrupted (SystemExit) after a signal's checkpoint.
     """
     loaded = load_recipe(recipe, overrides)
     factory = find_factory(objective) if objective is not None else None
+    own = find_rewards(rewards)
     accelerator = make_accelerator(loaded.train)
     rank = accelerator.process_index
     with open_run(loaded, resume=resume, overwrite=overwrite, rank=rank, quiet=quiet) as run:
@@ -41,7 +45,7 @@ def train(
             return done
         kind = kind_of(loaded)
         backbone = load_backbone(kind.base(loaded, run.path), loaded.quantization, device=accelerator.device)
-        datasets = load_datasets(loaded, backbone.processor, run.journal)
+        datasets = replace(load_datasets(loaded, backbone.processor, run.journal), rewards=own)
         seen = calibration(loaded, backbone, datasets)
         adapted = build_adapters(backbone, loaded.adapter, seed=loaded.train.seed, calibration=seen)
         adapted = kind.adapt(adapted, loaded)

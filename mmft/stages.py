@@ -273,7 +273,8 @@ def train_stage(
         section=recipe.train,
         folder=run.path,
         identity=identity(recipe, adapted.backbone, datasets, plan)
-        | ({"objective": source_digest(factory)} if factory else {}),
+        | ({"objective": source_digest(factory)} if factory else {})
+        | {f"reward {name}": source_digest(reward) for name, reward in datasets.rewards.items()},
     )
     watchers = kind_of(recipe).watchers(run, adapted, datasets)
     callbacks = [Progress(run.journal), *watchers, writer, *extra]

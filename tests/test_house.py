@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel
 
 from mmft.recipe.check_objective import FUSION_READS_NOT
+from mmft.recipe.check_online import ONLINE_READS_NOT
 from mmft.recipe.check_pairs import JOINT_READS_NOT, ONLY_PAIRS_READ, PAIRS_READ_NOT
 from mmft.recipe.load import load_recipe
 from mmft.recipe.normal import bare, sections
@@ -95,6 +96,9 @@ FIELDS = {
     "objective: dual": "loss captions_per_image train_logit_scale joint_weights decoder_layers consistency"
     " consistency_weight",
     "objective: mlm": "",
+    "objective: grpo": "rewards num_generations temperature kl_coef clip num_iterations variant",
+    "objective: rloo": "rewards num_generations temperature kl_coef clip num_iterations",
+    "objective: ppo": "rewards num_generations temperature kl_coef clip num_iterations gae_lambda value_coef",
     "train": "output_dir seed per_device_train_batch_size gradient_accumulation_steps effective_batch_size"
     " num_train_epochs max_steps learning_rate lr_scheduler_type warmup_ratio weight_decay adam_beta1 adam_beta2"
     " adam_epsilon max_grad_norm bf16 gradient_checkpointing logging_steps eval_steps save_steps save_total_limit"
@@ -365,6 +369,7 @@ def test_the_knobs_stay_within_their_budget():
     refused["mlm"] += len(PAIRS_READ_NOT)
     refused |= {name: refused[name] + len((*JOINT_READS_NOT, "evaluate.group_by")) for name in ("joint", "dual")}
     refused["contrastive"] = len(PAIRS_READ_NOT) + len(("evaluate.metrics", "evaluate.group_by"))
+    refused |= {name: refused[name] + len(ONLINE_READS_NOT) for name in ("grpo", "rloo", "ppo")}
     for name in READS:
         assert common + len(fields[f"objective: {name}"]) - refused.get(name, 0) <= MOST_FIELDS, name
 

@@ -30,6 +30,9 @@ from mmft.seeds import fold, generator
 
 CELLS: tuple[str, ...] = ("top left", "top right", "bottom left", "bottom right")
 EVAL_TYPES: tuple[str, ...] = ("how many", "which group", "where", "is there")
+SIDES: tuple[str, ...] = ("top", "bottom", "left", "right")
+COUNT_TYPES: tuple[str, ...] = ("how many on",)
+"""Counting on one side of the picture: a question that no pretraining row has asked."""
 SIDE = 192
 """Side of a scene in pixels; a cell is half of it."""
 
@@ -49,9 +52,9 @@ class SceneSpec:
     """One shipped set.
 
     `pools` are drawn from in turn ("all", "trained", "new"); `buckets` is the half-open range of layout buckets the set
-    owns: no layout of an evaluation set is in another set. `turns` is the number of questions of a row (1: an
-    evaluation row of one type). `style_of_rows`: "leading" rows ask about named things first, "unaided" rows never
-    name a thing before its name is asked for.
+    owns: no layout of an evaluation set is in a training set. `turns` is the number of questions of a row (1: a row
+    of one of `kinds`). `style_of_rows`: "leading" rows ask about named things first, "unaided" rows never name a thing
+    before its name is asked for.
     """
 
     name: str
@@ -63,6 +66,7 @@ class SceneSpec:
     seed: int = 0
     style_of_rows: Literal["leading", "unaided"] = "unaided"
     reasons: Reasons = "name"
+    kinds: tuple[str, ...] = EVAL_TYPES
 
 
 SCENE_SETS: dict[str, SceneSpec] = {
@@ -74,6 +78,8 @@ SCENE_SETS: dict[str, SceneSpec] = {
         SceneSpec("twemoji-replay", "twemoji", 3_000, ("all",), (78, 84)),
         SceneSpec("openmoji-train", "openmoji", 6_000, ("trained",), (84, 92)),
         SceneSpec("openmoji-heldout", "openmoji", 480, ("trained", "new"), (92, 100), turns=1),
+        SceneSpec("openmoji-sides", "openmoji", 2_000, ("trained",), (84, 92), turns=1, kinds=COUNT_TYPES),
+        SceneSpec("openmoji-sides-heldout", "openmoji", 480, ("trained", "new"), (92, 100), turns=1, kinds=COUNT_TYPES),
     )
 }
 
@@ -107,7 +113,10 @@ def shipped_rows(name: str, *, rows: int | None = None) -> Path:
     """Path of the `rows.jsonl` of a set in the cache (`MMFT_CACHE`, else `~/.cache/mmft`); built when absent."""
     spec = scene_spec(name, rows=rows)
     versions = [f"{package}={emoji.package_version(package)}" for package in emoji.PACKAGES]
-    known = json.dumps([dataclasses.asdict(spec), versions, _RECIPE], sort_keys=True)
+    fields = dataclasses.asdict(spec)
+    if spec.kinds == EVAL_TYPES:  # sets that were made before there was a choice keep their folder
+        del fields["kinds"]
+    known = json.dumps([fields, versions, _RECIPE], sort_keys=True)
     digest = hashlib.sha256(known.encode()).hexdigest()[:12]
     cache = Path(os.environ.get("MMFT_CACHE", "~/.cache/mmft")).expanduser()
     folder = cache / "data" / f"{name}-{digest}"
@@ -179,7 +188,7 @@ def _make_row(spec: SceneSpec, made: Path, index: int) -> tuple[dict, dict]:
     rng = generator(spec.seed, spec.name, index)
     pool_name = spec.pools[index % len(spec.pools)]
     pool = concept_pool(pool_name, spec.seed)
-    kind = EVAL_TYPES[(index // len(spec.pools)) % len(EVAL_TYPES)]
+    kind = spec.kinds[(index // len(spec.pools)) % len(spec.kinds)]
     counts = (1, 2, 3, 4) if spec.turns == 1 else (1, 2, 2, 3, 3, 3, 4, 4, 4, 4)
     layout = _draw_layout(spec, rng, pool, rng.choice(counts))
     if spec.turns == 1:
@@ -238,6 +247,9 @@ def _ask(
     """One question of a kind about a layout."""
     if kind == "how many":
         return Question(kind, "How many pictures are there?", str(len(layout)))
+    if kind == "how many on":
+        side = rng.choice(SIDES)
+        return Question(kind, f"At the {side}: How many pictures are there?", str(sum(side in cell for cell in layout)))
     if kind == "is there":
         return _is_there(layout, pool, rng, present=rng.random() < 0.5, reasons=reasons)
     cell = rng.choice(sorted(layout))

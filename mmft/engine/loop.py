@@ -71,7 +71,9 @@ class Engine:
         self.callbacks = callbacks
         self.masters = Masters(job.adapted.trainable())
         self.params = self.masters.weights
-        self.optimizer = build_optimizer(job.adapted, job.section, self.params, total_steps=job.total_steps)
+        self.updates = int(getattr(job.objective, "updates", 1))
+        updates = job.total_steps * self.updates
+        self.optimizer = build_optimizer(job.adapted, job.section, self.params, total_steps=updates)
         self.state = TrainState()
         # Rows that make their batches themselves need no padding token, and their model may have none.
         self.pad = 0 if hasattr(job.renderer, "assemble") else job.adapted.backbone.pad_token_id
@@ -161,24 +163,10 @@ class Engine:
         )
         set_learning_rate(self.optimizer, scale)
         count = self._reduce([sum(job.objective.count(batch) for batch in micros)])[0]
-        with memory_errors(state.step + 1, [name for batch in micros for name in batch.ids]):
-            sums = self._backward(micros, count)
-        self.masters.take_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.params.values(), section.max_grad_norm or float("inf"))
+        for update in range(self.updates):
+            loss, norm, logs = self._update(micros, count, update)
         rows = sum(len(batch.ids) for batch in micros)
-        tokens = sum(batch.tokens for batch in micros)
-        logged = sorted({name for pair in job.objective.metrics.values() for name in pair} - {"count"})
-        given = [sums["loss"], rows, tokens, *(sums.get(name, 0.0) for name in logged)]
-        loss_sum, rows_all, tokens_all, *found = self._reduce(given)
-        logs = {**dict(zip(logged, found, strict=True)), "count": count}
-        ids = [name for batch in micros for name in batch.ids]
-        loss = loss_sum / max(count, 1)
-        check_finite(step=state.step + 1, loss=loss, norm=float(norm), ids=ids, folder=str(job.folder))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if isinstance(job.objective, StepObjective):
-            job.objective.settle(self.params)
-        self.masters.give_weights()
+        rows_all, tokens_all = self._reduce([rows, sum(batch.tokens for batch in micros)])
         state.step += 1
         state.samples_consumed += int(rows_all)
         state.tokens_consumed += int(tokens_all)
@@ -186,14 +174,33 @@ class Engine:
             "loss": loss,
             **{name: logs[part] / (logs[over] or 1.0) for name, (part, over) in job.objective.metrics.items()},
             "learning_rate": section.learning_rate * scale,
-            "grad_norm": float(norm),
+            "grad_norm": norm,
             "samples_per_second": rows_all / max(time.monotonic() - begin, 1e-9),
             "supervised_tokens": count,
         }
         for callback in self.callbacks:
             callback.on_step(state, metrics)
 
-    def _backward(self, micros: Sequence[Batch], count: float) -> dict[str, float]:
+    def _update(self, micros: Sequence[Batch], count: float, update: int) -> tuple[float, float, dict[str, float]]:
+        """Gradients and one update of the weights: the loss, the gradients' norm, the sums that are shown."""
+        job, section, step = self.job, self.job.section, self.state.step + 1
+        ids = [name for batch in micros for name in batch.ids]
+        with memory_errors(step, ids):
+            sums = self._backward(micros, count, update)
+        self.masters.take_gradients()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.params.values(), section.max_grad_norm or float("inf")))
+        logged = sorted({name for pair in job.objective.metrics.values() for name in pair} - {"count"})
+        loss_sum, *found = self._reduce([sums["loss"], *(sums.get(name, 0.0) for name in logged)])
+        loss = loss_sum / max(count, 1)
+        check_finite(step=step, loss=loss, norm=norm, ids=ids, folder=str(job.folder))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(job.objective, StepObjective):
+            job.objective.settle(self.params)
+        self.masters.give_weights()
+        return loss, norm, {**dict(zip(logged, found, strict=True)), "count": count}
+
+    def _backward(self, micros: Sequence[Batch], count: float, update: int) -> dict[str, float]:
         sums: dict[str, float] = {}
         rank, world = self.accelerator.process_index, self._world
         seeds = [
@@ -201,7 +208,9 @@ class Engine:
             for local in range(len(micros))
         ]
         if isinstance(self.job.objective, StepObjective):
-            step = StepContext(count, tuple(seeds), self._placed, self._autocast, rank, world)
+            step = StepContext(
+                count, tuple(seeds), self._placed, self._autocast, rank, world, number=self.state.step, update=update
+            )
             return self.job.objective.backward(self.model, micros, step)
         for local, batch in enumerate(micros):
             torch.manual_seed(seeds[local])
@@ -240,7 +249,7 @@ class Engine:
 
     def _evaluate(self) -> None:
         section, state = self.job.section, self.state
-        loss = self.evaluate_loss(self.job.eval_samples)
+        loss, further = self._evaluated(self.job.eval_samples)
         if state.best_loss is None or loss < state.best_loss:
             state.best_loss, state.best_step, state.evaluations_without_gain = loss, state.step, 0
             if section.load_best_model_at_end:
@@ -250,25 +259,39 @@ class Engine:
             patience = section.early_stopping_patience
             if patience and state.evaluations_without_gain >= patience:
                 state.stopped = f"no better loss in {patience} evaluations"
-        metrics = {"eval_loss": loss}  # one for all: a callback may add to it for those behind
+        metrics = {"eval_loss": loss, **further}  # one for all: a callback may add to it for those behind
         for callback in self.callbacks:
             callback.on_evaluate(state, metrics)
 
     def evaluate_loss(self, samples: Sequence[Sample]) -> float:
         """Mean loss over all supervised positions of `samples`, without gradients; the same on every rank."""
-        total, count = 0.0, 0.0
+        return self._evaluated(samples)[0]
+
+    def _evaluated(self, samples: Sequence[Sample]) -> tuple[float, dict[str, float]]:
+        """The mean loss, and as `eval_NAME` those of the objective's metrics whose sums its `loss` gave."""
+        sums: dict[str, float] = {"loss": 0.0, "count": 0.0}
         size, world, rank = self.job.eval_batch_size, self._world, self.accelerator.process_index
-        model = self.job.adapted.model
+        model, metrics = self.job.adapted.model, self.job.objective.metrics
         model.eval()
         with torch.no_grad(), self._autocast():
             for start in range(rank * size, len(samples), size * world):
                 rows = [(sample, 0) for sample in samples[start : start + size]]
                 batch = assemble(self.job.renderer, rows, pad_token_id=self.pad)
                 loss = self.job.objective.loss(model, self._placed(batch))
-                total, count = total + float(loss.sum), count + loss.count
+                sums["count"] += loss.count
+                for name, value in {**loss.logs, "loss": loss.sum}.items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
         self._training_mode()
-        total, count = self._reduce([total, count])
-        return total / max(count, 1)
+        names = sorted({"loss", "count"} | {name for pair in metrics.values() for name in pair})
+        known = self._reduce([float(name in sums) for name in names])  # a rank without rows has no sums
+        found = dict(zip(names, self._reduce([sums.get(name, 0.0) for name in names]), strict=True))
+        there = {name for name, ranks in zip(names, known, strict=True) if ranks}
+        further = {
+            f"eval_{name}": found[part] / (found[over] or 1.0)
+            for name, (part, over) in metrics.items()
+            if {part, over} <= there
+        }
+        return found["loss"] / max(found["count"], 1), further
 
     def save(self) -> None:
         """Checkpoint of the current step, written by rank 0 while the others wait."""

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList
 
+from mmft.backbones.generation import base_model, check_quantized, evaluating, generation_config
 from mmft.data.captions import CaptionRenderer
 from mmft.data.sample import Sample
-from mmft.evaluation.generate import base_model, check_quantized, ended, evaluating, float_dtype, generation_config
+from mmft.evaluation.generate import ended, float_dtype
 from mmft.evaluation.sampling import NucleusDraws, Sampling
 
 _DROPS_LAST = ("blip",)

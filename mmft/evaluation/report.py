@@ -110,6 +110,7 @@ def _context(
         "merge": _merge(report.get("merge") or {}),
         "parts": _parts((report.get("training") or {}).get("parts") or []),
         "facts": _facts(report),
+        "watch": _merge(report.get("online") or {}),
         "versions": sorted(((report.get("training") or {}).get("versions") or {}).items()),
         "worst": worst,
         "best": best,
@@ -212,11 +213,16 @@ def _value(value: str) -> str:
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Loss (train and eval) and learning rate over steps; a resumed run's later line of a step wins."""
+    """Loss (train and eval) and learning rate over steps, and where answers are sampled their reward against the score
+    it stands for, KL, entropy and length; a resumed run's later line of a step wins."""
     titles = {
         "loss": ("Loss", {"train": "loss", "eval": "eval_loss"}),
         "rate": ("Learning rate", {"learning rate": "learning_rate"}),
         "probe": ("Probe set: R@1", {"probe": "probe_r@1"}),
+        "reward": ("Reward and true score", {"reward": "reward", "score": "score", "held-out score": "eval_score"}),
+        "kl": ("KL from the base", {"KL by token": "kl"}),
+        "entropy": ("Entropy of the policy", {"nats by token": "entropy"}),
+        "length": ("Length of the answers", {"tokens": "answer_tokens"}),
     }
     curves = []
     for title, names in titles.values():

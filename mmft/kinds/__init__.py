@@ -8,10 +8,11 @@ from mmft.kinds.chat import Chat
 from mmft.kinds.fusion import Fusion
 from mmft.kinds.joint import Dual, Joint
 from mmft.kinds.masked import Masked
+from mmft.kinds.online import Online
 from mmft.kinds.pairs import Pairs
 from mmft.recipe.schema import Recipe
 
-KINDS: tuple[Kind, ...] = (Chat(), Pairs(), Captioning(), Fusion(), Joint(), Dual(), Masked())
+KINDS: tuple[Kind, ...] = (Chat(), Pairs(), Captioning(), Fusion(), Joint(), Dual(), Masked(), Online())
 
 
 def kind_of(recipe: Recipe) -> Kind:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,12 +28,14 @@ from mmft.runfolder import RunFolder
 
 @dataclass(frozen=True)
 class Datasets:
-    """Training rows and, by name, the evaluation sets; the renderer that both go through."""
+    """Training rows and, by name, the evaluation sets; the renderer that both go through. `rewards` are functions of
+    the user's own that judge sampled answers."""
 
     train: list[Sample]
     evals: dict[str, list[Sample]]
     renderer: RowRenderer
     fingerprint: str
+    rewards: Mapping[str, Callable[[Any], float]] = field(default_factory=dict)
 
 
 class Kind(ABC):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -51,7 +51,7 @@ def chat_renderer(datasets: Datasets) -> Renderer:
 class Chat(Kind):
     """`sft`: rows of conversations, cross-entropy of the answers, answers by generation."""
 
-    objectives = ("sft",)
+    objectives: ClassVar[tuple[str, ...]] = ("sft",)
     formats = ("messages", "llava", "prompt", "qa")
     rows_wanted = "messages, llava or qa rows for sft; pairs (image and caption) for contrastive and captioning"
 

@@ -1,4 +1,5 @@
-"""An objective of the user's own, from a Python file: named on the command line or in Python, never in a recipe.
+"""Objectives and rewards of the user's own, from a Python file: named on the command line or in Python, never in a
+recipe.
 
 The command line is trusted, a recipe is not; what a recipe says can therefore never run code.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,41 @@ def find_factory(spec: str | ObjectiveFactory) -> ObjectiveFactory:
     """
     if not isinstance(spec, str):
         return _checked(spec, where=getattr(spec, "__qualname__", repr(spec)))
+    return _checked(_named(spec, "--objective"), where=f"--objective {spec}")
+
+
+def find_rewards(specs: Sequence[str | Callable[..., float]]) -> dict[str, Callable[..., float]]:
+    """Reward functions by name, each from `FILE.py:NAME` or as it is given.
+
+    Raises RecipeError for one that is not there, cannot be called with one attempt, or has the name of another.
+    """
+    found: dict[str, Callable[..., float]] = {}
+    for spec in specs:
+        reward = _named(spec, "--reward") if isinstance(spec, str) else spec
+        name = getattr(reward, "__name__", type(reward).__name__)
+        where = f"--reward {spec if isinstance(spec, str) else name}"
+        try:
+            inspect.signature(reward).bind(None)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(
+                f"the reward cannot be called: {error}",
+                where=where,
+                allowed="a function of one attempt (sample, text, tokens, ended) that gives a number",
+                do="change its parameters",
+            ) from error
+        if name in found:
+            raise RecipeError(f"two rewards are named '{name}'", where=where, do="rename one")
+        found[name] = reward
+    return found
+
+
+def _named(spec: str, option: str) -> Any:
     file, colon, name = spec.rpartition(":")
     path = Path(file).expanduser()
     if not colon or not name.isidentifier() or path.suffix != ".py":
-        raise RecipeError(f"'{spec}' names no objective", where="--objective", allowed=_FORM, do="write it so")
+        raise RecipeError(f"'{spec}' is not a name in a file", where=option, allowed=_FORM, do="write it so")
     if not path.is_file():
-        raise RecipeError(f"{path} is not a file", where=f"--objective {spec}", allowed=_FORM, do="check the path")
+        raise RecipeError(f"{path} is not a file", where=f"{option} {spec}", allowed=_FORM, do="check the path")
     module = _loaded(path)
     own = [
         key
@@ -46,9 +76,9 @@ def find_factory(spec: str | ObjectiveFactory) -> ObjectiveFactory:
     ]
     if name not in vars(module):
         raise RecipeError(
-            f"{path.name} has no '{name}'", where=f"--objective {spec}", allowed=choices(own, word=name), do="name one"
+            f"{path.name} has no '{name}'", where=f"{option} {spec}", allowed=choices(own, word=name), do="name one"
         )
-    return _checked(vars(module)[name], where=f"--objective {spec}")
+    return vars(module)[name]
 
 
 def _loaded(path: Path) -> Any:
@@ -145,7 +175,7 @@ def _misfit(what: str) -> RecipeError:
     )
 
 
-def source_digest(factory: ObjectiveFactory) -> str:
+def source_digest(factory: Callable[..., Any]) -> str:
     """sha256 of the file the factory stands in, for a resumed run to refuse another (of its type if none)."""
     file = inspect.getsourcefile(factory) if inspect.isclass(factory) or inspect.isfunction(factory) else None
     return sha256_bytes(Path(file).read_bytes() if file else repr(type(factory)).encode())

@@ -50,7 +50,8 @@ class StepContext:
     """What an objective that takes a whole optimizer step at once is told about it.
 
     `count`: the step's divisor over all ranks; `seeds`: one for the dropout of each micro-batch of this rank; `place`
-    moves a batch to the device and type of the model; `autocast` opens the forward's precision.
+    moves a batch to the device and type of the model; `autocast` opens the forward's precision; `number` counts the
+    finished steps, `update` the finished updates of this one (see `updates`).
     """
 
     count: float
@@ -59,11 +60,17 @@ class StepContext:
     autocast: Callable[[], AbstractContextManager[Any]]
     rank: int = 0
     world: int = 1
+    number: int = 0
+    update: int = 0
 
 
 @runtime_checkable
 class StepObjective(Protocol):
-    """An objective whose loss is no sum over micro-batches: it makes the gradients of a step itself."""
+    """An objective whose loss is no sum over micro-batches: it makes the gradients of a step itself.
+
+    One that has an attribute `updates` above 1 is asked for gradients that often in a step, with an update of the
+    weights after each; what it keeps in between is gone with the step.
+    """
 
     def backward(self, model: nn.Module, micros: Sequence[Batch], step: StepContext) -> dict[str, float]:
         """Gradients of the step into the trained parameters, summed over ranks; this rank's sums of loss and logs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mmft.recipe.check_online import ONLINE_RULES
 from mmft.recipe.objective import ObjectiveSection, readers
 from mmft.recipe.objective.joint import weights_of
 from mmft.recipe.rules import Rule
@@ -65,6 +66,7 @@ def _not_fused(field: str) -> Rule:
 
 
 OBJECTIVE_RULES: tuple[Rule, ...] = (
+    *ONLINE_RULES,
     *(_unread(name) for name in ObjectiveSection.model_fields if name != "name"),
     Rule(
         "objective.name",

@@ -12,6 +12,7 @@ from mmft.recipe.objective.captioning import CaptioningFields
 from mmft.recipe.objective.classification import ClassificationFields
 from mmft.recipe.objective.contrastive import ContrastiveFields, SimilarityFields
 from mmft.recipe.objective.joint import DualFields, JointFields
+from mmft.recipe.objective.online import GroupFields, RolloutFields, ValueFields
 from mmft.recipe.objective.pairs import PairFields
 from mmft.recipe.objective.sft import SmoothingFields
 from mmft.recipe.section import Section
@@ -24,6 +25,9 @@ READS: dict[str, tuple[type[Section], ...]] = {
     "joint": (PairFields, SimilarityFields, JointFields),
     "dual": (PairFields, SimilarityFields, JointFields, DualFields),
     "mlm": (),
+    "grpo": (RolloutFields, GroupFields),
+    "rloo": (RolloutFields,),
+    "ppo": (RolloutFields, ValueFields),
 }
 """Objective -> the groups of fields it reads."""
 
@@ -37,15 +41,20 @@ class ObjectiveSection(
     ClassificationFields,
     JointFields,
     DualFields,
+    RolloutFields,
+    GroupFields,
+    ValueFields,
 ):
     """What is minimised."""
 
-    name: Literal["sft", "contrastive", "captioning", "classification", "joint", "dual", "mlm"] = "sft"
+    name: Literal[
+        "sft", "contrastive", "captioning", "classification", "joint", "dual", "mlm", "grpo", "rloo", "ppo"
+    ] = "sft"
     """`sft`: cross-entropy of the answers' tokens; `contrastive`: pictures and texts of a dual encoder; `captioning`:
     cross-entropy of the captions of an encoder-decoder, or of a decoder that sees the picture; `classification`: labels
     of rows with pictures, texts, sounds, videos and columns of a table; `joint`: contrastive, matching and captioning
     heads together; `dual`: picture to text and text to picture tied by consistency; `mlm`: hidden words of texts with
-    pictures."""
+    pictures; `grpo`, `rloo`, `ppo`: reinforcement learning on answers that the model samples."""
 
 
 def readers(field: str) -> list[str]:
