@@ -44,15 +44,22 @@ from mmft.seeds import fold
 Form = Literal["duality", "cycle"]
 FORMS: dict[str, tuple[str, ...]] = {"duality": ("duality",), "cycle": ("there", "back")}
 """The terms that each form of the consistency is the sum of."""
+_ROWS_AT_ONCE = 512
+"""Decoder rows in one forward of the table."""
 
 
 def caption_table(heads: Heads, looked: Looked, texts: Tensor) -> Tensor:
     """(texts, pictures): log p(y_j | x_i) for every one of `texts` and every picture of the micro-batch."""
     words, tokens = looked.words, looked.seen.tokens
-    rows = torch.arange(len(tokens), device=tokens.device).repeat(len(texts))
-    columns = texts.repeat_interleave(len(tokens))
-    found = log_likelihoods(heads, tokens[rows], words.ids[columns], words.mask[columns])
-    return found.reshape(len(texts), len(tokens))
+
+    def rows_of(part: Tensor) -> Tensor:
+        rows = torch.arange(len(tokens), device=tokens.device).repeat(len(part))
+        columns = part.repeat_interleave(len(tokens))
+        found = log_likelihoods(heads, tokens[rows], words.ids[columns], words.mask[columns])
+        return found.reshape(len(part), len(tokens))
+
+    # In slices: without gradients (an evaluation's larger batches) only one of them is in memory.
+    return torch.cat([rows_of(part) for part in texts.split(max(1, _ROWS_AT_ONCE // len(tokens)))])
 
 
 def found_pictures(heads: Heads, pictures: Tensor, texts: Tensor) -> Tensor:

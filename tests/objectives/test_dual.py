@@ -84,6 +84,14 @@ def test_loss_and_gradients_equal_the_formula(kind, form):
     assert logged == pytest.approx(extra.item(), rel=1e-9)
 
 
+def test_the_table_is_the_same_in_slices(monkeypatch):
+    model, data = load("joint"), batch()
+    objective = DualObjective(model, weights={"contrastive": 1.0, "caption": 1.0, "consistency": 1.0})
+    whole = objective.loss(model, data)
+    monkeypatch.setattr("mmft.objectives.dual._ROWS_AT_ONCE", 4)
+    torch.testing.assert_close(objective.loss(model, data).sum, whole.sum, rtol=1e-12, atol=1e-12)
+
+
 def test_without_consistency_it_is_the_two_directions():
     model, data = load("joint"), batch()
     objective = DualObjective(model, weights={"contrastive": 1.0, "caption": 1.0, "consistency": 0.0})
