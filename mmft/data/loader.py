@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Protocol
 
 import torch
@@ -128,6 +130,12 @@ def batches(
             step = []
 
 
+def _kill(children: Iterable[BaseProcess]) -> None:
+    for child in children:
+        if child.is_alive():
+            child.kill()
+
+
 def _ahead(data: _MicroBatches, workers: int) -> Iterator[Batch | MmftError]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
     loader = DataLoader(
@@ -137,7 +145,6 @@ def _ahead(data: _MicroBatches, workers: int) -> Iterator[Batch | MmftError]:
         num_workers=workers,
         prefetch_factor=PREFETCH,
         worker_init_fn=_one_thread,
-        timeout=HANG_SECONDS,
         multiprocessing_context="fork",
     )
     before = set(multiprocessing.active_children())
@@ -146,6 +153,10 @@ def _ahead(data: _MicroBatches, workers: int) -> Iterator[Batch | MmftError]:
     lost: str | None = None
     try:
         while lost is None:
+            # With a timeout of its own torch looks for dead workers only when that is over; without, every 5 seconds.
+            watch = threading.Timer(HANG_SECONDS, _kill, (children,))
+            watch.daemon = True
+            watch.start()
             try:
                 item = next(stream)
             except StopIteration:
@@ -154,15 +165,16 @@ def _ahead(data: _MicroBatches, workers: int) -> Iterator[Batch | MmftError]:
                 if "DataLoader" not in str(error):
                     raise
                 lost = str(error)  # the error itself would keep torch's iterator, and so the workers, alive
-            else:
+            finally:
+                watch.cancel()
+            if lost is None:
                 yield item
     finally:
         del stream  # torch asks its workers to end, and waits a few seconds
+        _kill(children)
         for child in children:
-            if child.is_alive():
-                child.kill()
             child.join()
     raise DataError(
-        f"a data worker was lost: {lost}",
+        f"a data worker was lost (dead, or without an answer for {HANG_SECONDS:.0f} s): {lost}",
         do="look for the kernel's out-of-memory killer, or set train.dataloader_num_workers to 0",
     )

@@ -92,11 +92,29 @@ def test_a_killed_worker_is_named():
     plan = StepPlan(rows=11, micro_batch=1, micro_per_step=1)
     renderer = _Killer(processor("llava"), max_length=4096)
     start = time.perf_counter()
-    with pytest.raises(DataError, match=r"a data worker was lost: .*pid.*[0-9]+") as caught:
+    with pytest.raises(DataError, match=r"a data worker was lost .*pid.*[0-9]+") as caught:
         list(batches(ROWS, renderer, plan, start_step=0, stop_step=11, rank=0, workers=2, pad_token_id=0))
     assert time.perf_counter() - start < 60
     assert not multiprocessing.active_children()
     assert "dataloader_num_workers" in str(caught.value)
+
+
+class _Sleeper(Renderer):
+    """Never comes back from one row."""
+
+    def render(self, sample):
+        if sample.id == "r3":
+            time.sleep(3600)
+        return super().render(sample)
+
+
+def test_a_hanging_worker_is_ended(monkeypatch):
+    monkeypatch.setattr("mmft.data.loader.HANG_SECONDS", 3.0)
+    plan = StepPlan(rows=11, micro_batch=1, micro_per_step=1)
+    renderer = _Sleeper(processor("llava"), max_length=4096)
+    with pytest.raises(DataError, match="without an answer for 3 s"):
+        list(batches(ROWS, renderer, plan, start_step=0, stop_step=11, rank=0, workers=2, pad_token_id=0))
+    assert not multiprocessing.active_children()
 
 
 def test_workers_end_with_an_abandoned_iterator():

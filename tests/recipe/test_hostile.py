@@ -96,7 +96,7 @@ def test_hostile_recipe(fails, tmp_path, name):
     text, expected = HOSTILE[name]
     start = time.process_time()
     error = fails(text)
-    assert time.process_time() - start < 0.5
+    assert time.process_time() - start < 2.0  # minutes or no end without the limits
     assert expected in error
     assert "  at      r.yaml" in error
     assert len(error) < 4000
