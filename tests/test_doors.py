@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 import mmft
+from mmft.data.sample import Sample
 from mmft.errors import RecipeError
 from mmft.recipe.load import load_recipe
 from mmft.stages import plan_steps
@@ -109,9 +110,10 @@ def test_two_processes_of_two_micro_batches_a_step(tmp_path: Path) -> None:
 
 def test_two_processes_refuse_a_batch_that_does_not_divide(tmp_path: Path) -> None:
     recipe = load_recipe(values(tmp_path, {"train.effective_batch_size": 6}))
-    assert plan_steps(recipe, 16, 1)[0].micro_per_step == 3
+    samples = [Sample(id=str(number), turns=(), source="rows") for number in range(16)]
+    assert plan_steps(recipe, samples, 1)[0].micro_per_step == 3
     with pytest.raises(RecipeError, match="6 does not divide into 2 processes of per_device_train_batch_size 2"):
-        plan_steps(recipe, 16, 2)
+        plan_steps(recipe, samples, 2)
 
 
 @pytest.mark.slow
