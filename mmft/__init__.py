@@ -5,6 +5,7 @@ The verbs of the command line as functions. Importing mmft imports no torch; a v
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,7 @@ def inspect(
     from mmft.quiet import quiet_upstream
 
     quiet_upstream()
+    importlib.import_module("mmft.fusion")  # transformers knows fusion models from then on
     from mmft.backbones.inspect import inspect_model
 
     return inspect_model(model, revision, tuple(targets), layers=layers, exclude=tuple(exclude), adapter=adapter)
@@ -260,6 +262,7 @@ def export_model(
     from mmft.quiet import quiet_upstream
 
     quiet_upstream()
+    importlib.import_module("mmft.fusion")
     from mmft.export.formats import export_folder
 
     return export_folder(folder, out, to=to, dtype=dtype, max_shard_size=max_shard_size, layout=layout, base=base)

@@ -39,9 +39,11 @@ def make_plan(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     kind = kind_of(loaded)
     with tempfile.TemporaryDirectory() as scratch:  # a kind that composes its base writes it there
         backbone, notes = _meta(kind.base(loaded, Path(scratch)))
-    samples = kind.samples(loaded, load_all(loaded.data.train, loaded.data, seed=loaded.train.seed))
+    samples = kind.samples(
+        loaded, load_all(loaded.data.train, loaded.data, seed=loaded.train.seed, wanted=kind.formats)
+    )
     evals = {
-        source_name(source): len(load_all((source,), loaded.data, seed=loaded.train.seed))
+        source_name(source): len(load_all((source,), loaded.data, seed=loaded.train.seed, wanted=kind.formats))
         for source in loaded.data.eval
     }
     lengths = None
@@ -144,7 +146,9 @@ def write_recipe_preview(
     """A page with the first `rows` rows of the training data as the model gets them; returns its path."""
     loaded = load_recipe(recipe, overrides)
     kind, processor = kind_of(loaded), load_processor(loaded.model)
-    samples = kind.samples(loaded, load_all(loaded.data.train, loaded.data, seed=loaded.train.seed))
+    samples = kind.samples(
+        loaded, load_all(loaded.data.train, loaded.data, seed=loaded.train.seed, wanted=kind.formats)
+    )
     path = Path(out) if out is not None else Path(f"{loaded.name}-preview.html")
     kind.preview(loaded, processor, samples, path, rows=rows)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import tempfile
@@ -43,7 +44,8 @@ def trace_row(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     """
     loaded = load_recipe(recipe, overrides)
     kind = kind_of(loaded)
-    samples = kind.samples(loaded, load_all(loaded.data.train, loaded.data, seed=loaded.train.seed))
+    data, seed = loaded.data, loaded.train.seed
+    samples = kind.samples(loaded, load_all(data.train, data, seed=seed, wanted=kind.formats))
     if not 0 <= row < len(samples):
         raise RecipeError(
             f"row {row} does not exist",
@@ -57,10 +59,12 @@ def trace_row(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     datasets = Datasets(samples, {}, kind.renderer(loaded, backbone.processor), fingerprint="")
     # A loss that compares rows needs more than one.
     rows = [samples[(row + more) % len(samples)] for more in range(kind.least_rows)]
-    batch = assemble(datasets.renderer, [(one, 0) for one in rows], pad_token_id=backbone.pad_token_id)
+    pad = 0 if hasattr(datasets.renderer, "assemble") else backbone.pad_token_id
+    batch = assemble(datasets.renderer, [(one, 0) for one in rows], pad_token_id=pad)
+    alone = dataclasses.replace(datasets, train=rows)
     return [
         *_data_stations(loaded, datasets, batch, row=row),
-        *_model_stations(loaded, adapted, kind.objective(loaded, adapted, datasets), batch),
+        *_model_stations(loaded, adapted, kind.objective(loaded, adapted, alone), batch),
     ]
 
 

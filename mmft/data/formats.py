@@ -233,9 +233,11 @@ def load_many(
     return loaded
 
 
-def load_all(sources: Sequence[DataSource], section: DataSection, seed: int) -> list[Sample]:
+def load_all(
+    sources: Sequence[DataSource], section: DataSection, seed: int, *, wanted: Sequence[str] = ()
+) -> list[Sample]:
     """The samples of several sources one after the other; see `load_many`."""
-    return [sample for one in load_many(sources, section, seed) for sample in one.samples]
+    return [sample for one in load_many(sources, section, seed, wanted=wanted) for sample in one.samples]
 
 
 def check_bad(loaded: Loaded, max_bad_fraction: float) -> None:

@@ -39,18 +39,15 @@ class Stored(Protocol):
 
 
 class FusedRenderer:
-    """Samples of a table to batches, with the processor of a fusion model.
+    """Samples of a table to batches, with the processor of a fusion model, which knows the task and its labels.
 
-    `task` as in the model's config; `classes`: the declared labels, empty for regression. Raises DataError for a
-    processor of another kind of model.
+    Raises DataError for a processor of another kind of model.
     """
 
     def __init__(
         self,
         processor: Any,
         *,
-        task: str,
-        classes: Sequence[str],
         max_length: int,
         over_length: OverLength = "error",
         max_image_pixels: int = 40_000_000,
@@ -61,7 +58,7 @@ class FusedRenderer:
                 where=type(processor).__name__ if processor is not None else "no processor",
                 do="give a fusion model's folder, or model.encoders",
             )
-        self.processor, self.task, self.classes = processor, task, tuple(classes)
+        self.processor, self.task, self.classes = processor, processor.task, processor.classes
         self.tokenizers = {name: part for name, (kind, part) in processor.parts.items() if kind == "text"}
         longest = [int(one.model_max_length) for one in self.tokenizers.values()]
         self.max_length = min([max_length, *longest])

@@ -36,7 +36,8 @@ class FusionProcessor:
     """Processor of a fusion model; saved as `processor_config.json` and one folder per modality.
 
     parts: modality name -> (kind, tokenizer / image processor / feature extractor); table: the schema of the training
-    rows; max_length: tokens of a text (the tokenizer's own limit otherwise); max_frames: of a video, evenly spaced.
+    rows; max_length: tokens of a text (the tokenizer's own limit otherwise); max_frames: of a video, evenly spaced;
+    task and classes: what the labels of rows mean, as in `FusionConfig`.
     """
 
     def __init__(
@@ -46,6 +47,8 @@ class FusionProcessor:
         *,
         max_length: int | None = None,
         max_frames: int = 8,
+        task: str = "single_label",
+        classes: Sequence[str] = (),
     ) -> None:
         for name, (kind, _) in parts.items():
             if kind not in KINDS:
@@ -57,6 +60,7 @@ class FusionProcessor:
                 )
         self.parts, self.table = dict(parts), table
         self.max_length, self.max_frames = max_length, max_frames
+        self.task, self.classes = task, tuple(classes)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -138,6 +142,8 @@ class FusionProcessor:
             "table": None if self.table is None else self.table.as_config(),
             "max_length": self.max_length,
             "max_frames": self.max_frames,
+            "task": self.task,
+            "classes": list(self.classes),
         }
         (folder / _FILE).write_text(json.dumps(held, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -167,7 +173,8 @@ class FusionProcessor:
             )
             parts[name] = (kind, part)
         table = None if held["table"] is None else TableSchema.from_config(held["table"])
-        return cls(parts, table, max_length=held["max_length"], max_frames=held["max_frames"])
+        kept = {key: held[key] for key in ("max_length", "max_frames", "task", "classes")}
+        return cls(parts, table, **kept)
 
 
 def _spread(count: int, most: int) -> list[int]:

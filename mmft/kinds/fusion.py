@@ -15,16 +15,16 @@ from typing import Any
 import torch
 
 from mmft.adapters.build import Adapted, ParamGroup, base_name
-from mmft.backbones.load import load_backbone, resolve_model
+from mmft.backbones.load import load_backbone
 from mmft.data.formats import load_many
 from mmft.data.fused import FusedRenderer
 from mmft.data.loader import RowRenderer
 from mmft.data.sample import Sample
 from mmft.data.table_rows import label_of
-from mmft.errors import BackboneError, ExportError, RecipeError, choices
-from mmft.evaluation.classes import SetOutputs, answer_set, inner, score_sets
+from mmft.errors import ExportError, RecipeError, choices
+from mmft.evaluation.classes import answer_set, inner, score_sets
 from mmft.files import write_json
-from mmft.fusion import FusionConfig, fit_stacking
+from mmft.fusion import fit_stacking
 from mmft.kinds.base import Datasets, Kind, check_formats, folder_section, models
 from mmft.kinds.fusion_base import compose
 from mmft.kinds.fusion_store import stored_features
@@ -59,11 +59,8 @@ class Fusion(Kind):
 
     def renderer(self, recipe: Recipe, processor: Any) -> RowRenderer:
         """`FusedRenderer` with the labels that the base declares."""
-        config = base_config(recipe)
         return FusedRenderer(
             processor,
-            task=config.task,
-            classes=[] if config.task == "regression" else list((config.id2label or {}).values()),
             max_length=recipe.data.max_length,
             over_length=recipe.data.over_length,
             max_image_pixels=recipe.data.max_image_pixels,
@@ -138,7 +135,17 @@ class Fusion(Kind):
                     for name, samples in datasets.evals.items()
                 }
         renderer.store = store
-        write_json(run.path / RESULT, _scored(recipe, found, datasets, renderer))
+        config = inner(adapted.model).config
+        scored = score_sets(
+            found,
+            datasets.evals,
+            renderer,
+            config,
+            group_by=recipe.evaluate.group_by,
+            resamples=recipe.evaluate.bootstrap_samples,
+            seed=recipe.train.seed,
+        )
+        write_json(run.path / RESULT, scored)
 
     def scores(self, run: RunFolder) -> dict[str, Any]:
         """What `evaluate` wrote; empty before that."""
@@ -154,40 +161,10 @@ def _renderer(datasets: Datasets) -> FusedRenderer:
     return datasets.renderer
 
 
-def _scored(
-    recipe: Recipe, found: dict[str, dict[str, SetOutputs]], datasets: Datasets, renderer: FusedRenderer
-) -> dict[str, Any]:
-    return score_sets(
-        found,
-        datasets.evals,
-        renderer,
-        base_config(recipe),
-        group_by=recipe.evaluate.group_by,
-        resamples=recipe.evaluate.bootstrap_samples,
-        seed=recipe.train.seed,
-    )
-
-
 def _training_rows(kind: Kind, recipe: Recipe) -> list[Sample]:
     loaded = load_many(recipe.data.train, recipe.data, recipe.train.seed, wanted=kind.formats)
     check_formats(kind, recipe, loaded)
     return [sample for one in loaded for sample in one.samples]
-
-
-def base_config(recipe: Recipe) -> FusionConfig:
-    """The configuration of the run's base. Raises BackboneError for another kind of model."""
-    name = recipe.model.name_or_path
-    own = Path(recipe.train.output_dir) / recipe.name / "base"
-    target = str(own) if name == COMPOSED else resolve_model(name)[0]
-    raw, _ = FusionConfig.get_config_dict(target, revision=recipe.model.revision)
-    if raw.get("model_type") != FusionConfig.model_type:
-        raise BackboneError(
-            f"{name} is a {raw.get('model_type')}, no fusion model",
-            where=f"model.name_or_path: {name}",
-            allowed="the folder of a fusion model, or model.encoders",
-            do="name the encoders in model.encoders",
-        )
-    return FusionConfig.from_dict(raw)
 
 
 def _for_stacking(recipe: Recipe, sample: Sample) -> bool:

@@ -159,7 +159,9 @@ def build(
     config.table = None if schema is None else schema.as_config()
     limits = [int(part.model_max_length) for kind, part in parts.values() if kind == "text"]
     longest = min([*limits, *([max_length] if max_length else [])], default=None)
-    return FusionModel.from_encoders(config, loaded), FusionProcessor(parts, schema, max_length=longest)
+    names = [] if config.task == "regression" else list((config.id2label or {}).values())
+    processor = FusionProcessor(parts, schema, max_length=longest, task=config.task, classes=names)
+    return FusionModel.from_encoders(config, loaded), processor
 
 
 def load_encoder(section: ModelSection, name: str, kind: str) -> tuple[Any, Any]:

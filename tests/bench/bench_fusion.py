@@ -80,14 +80,17 @@ class Bench:
         return Datasets(train, {"test": self.test}, renderer, "bench")
 
     def _renderer(self, recipe: Any, config: Any, processor: FusionProcessor) -> FusedRenderer:
-        return FusedRenderer(
-            processor, task=config.task, classes=list(config.id2label.values()), max_length=recipe.data.max_length
-        )
+        return FusedRenderer(processor, max_length=recipe.data.max_length)
 
     def run(self, recipe: Any, names: tuple[str, ...]) -> dict[str, Any]:
         """Per-row results of one training with the modalities `names`: all there, and with each missing."""
         config, seed = fusion_config(recipe, self.train), recipe.train.seed
-        processor = FusionProcessor({name: self.processor.parts[name] for name in names}, self.processor.table)
+        processor = FusionProcessor(
+            {name: self.processor.parts[name] for name in names},
+            self.processor.table,
+            task=config.task,
+            classes=self.processor.classes,
+        )
         torch.manual_seed(fold(seed, "fusion", "start"))
         model = FusionModel.from_encoders(config, {name: self.encoders[name] for name in names})
         backbone = Backbone(model, processor, find_parts(model), None, "bench", None, False)
