@@ -1,13 +1,13 @@
 """The short way to a fused classifier: `fitted = fit(frame, label="y")`, `.evaluate(frame)`, `.predict(frame)`.
 
-A small loop of its own beside the engine, with the engine's conventions: AdamW with decay on matrices only, the
-schedule of `engine.optim.lr_scale`, loss as sum over count, draws named by `seeds.fold`.
+It trains with the engine's loop; frozen encoders read each row once. Nothing but the result is kept.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,21 +15,31 @@ from typing import Any
 
 import torch
 
+from mmft.adapters.build import Adapted, ParamGroup
+from mmft.adapters.targets import Target
 from mmft.backbones.load import Backbone, load_backbone
+from mmft.backbones.parts import find_parts
+from mmft.data.fused import FusedRenderer
+from mmft.data.order import StepPlan
 from mmft.data.sample import Sample
 from mmft.data.table_rows import label_of, open_sample, sample_classes, table_samples
 from mmft.data.tables import Columns, as_float, infer_columns, load_table
-from mmft.engine.optim import lr_scale
-from mmft.errors import BackboneError, DataError, NonFiniteError, RecipeError, choices
+from mmft.engine.callbacks import Callback
+from mmft.engine.loop import Engine, TrainJob
+from mmft.engine.state import TrainState
+from mmft.errors import BackboneError, DataError, RecipeError, choices
 from mmft.evaluation.metrics.classification import classify
 from mmft.evaluation.metrics.classification_intervals import ClassInterval, class_interval
 from mmft.evaluation.metrics.classification_ranks import measure
 from mmft.files import read_json_file, write_json
 from mmft.fusion import FusionConfig, FusionModel, FusionProcessor, TableSchema
 from mmft.fusion.heads import balanced_weights, decide, probabilities
+from mmft.fusion.store import FeatureStore
 from mmft.journal import Journal
-from mmft.recipe.schema import ModelSection
-from mmft.seeds import fold, generator
+from mmft.objectives.classification import ClassificationObjective
+from mmft.recipe.schema import ModelSection, TrainSection
+from mmft.seeds import fold
+from mmft.stages import make_accelerator
 
 TASKS = ("single_label", "ordinal", "regression")
 _METRICS = {
@@ -38,6 +48,10 @@ _METRICS = {
     "regression": ("mae", "rmse", "r2"),
 }
 _FILE = "fitted.json"
+_LONGEST = 512
+"""Tokens of a text; a tokenizer may allow fewer."""
+_READ = 16
+"""Rows that frozen encoders read at once."""
 ENCODERS = {
     "text": "shipped:minilm",
     "image": "shipped:efficientnet-lite0",
@@ -175,14 +189,12 @@ def fit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(seed, "fit", "start"))
         model, processor = _build(config, rows, found, encoders=encoders or {})
-        model.encoders.requires_grad_(encoder_learning_rate is not None)
-        rates = {False: learning_rate, True: encoder_learning_rate or 0.0}
+        processor.task, processor.classes = task, names
         losses = _train(
             Fitted(model, processor, found, names, root, batch_size),
             rows,
-            labels,
             epochs=epochs,
-            rates=rates,
+            rates=(learning_rate, encoder_learning_rate),
             seed=seed,
         )
     return Fitted(model.eval(), processor, found, names, root, batch_size, tuple(losses))
@@ -237,52 +249,88 @@ def _encoder(kind: str, encoders: Mapping[str, str], column: str) -> Backbone:
         ) from error
 
 
+class _Losses(Callback):
+    """The loss of every step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_step(self, state: TrainState, metrics: dict[str, float]) -> None:
+        """Keep it."""
+        self.values.append(metrics["loss"])
+
+    def on_start(self, state: TrainState, total_steps: int) -> None:
+        """Nothing."""
+        return None
+
+    def on_evaluate(self, state: TrainState, metrics: dict[str, float]) -> None:
+        """Nothing."""
+        return None
+
+    def on_save(self, state: TrainState, folder: Path) -> None:
+        """Nothing."""
+        return None
+
+    def on_end(self, state: TrainState) -> None:
+        """Nothing."""
+        return None
+
+
 def _train(
-    fitted: Fitted,
-    rows: list[Sample],
-    labels: torch.Tensor,
-    *,
-    epochs: int,
-    rates: Mapping[bool, float],
-    seed: int,
+    fitted: Fitted, rows: list[Sample], *, epochs: int, rates: tuple[float, float | None], seed: int
 ) -> list[float]:
-    model = fitted.model
+    """Train in place; `rates`: of the fusion, and of the encoders or None where they are frozen."""
+    model, losses = fitted.model, _Losses()
+    renderer = FusedRenderer(fitted.processor, max_length=_LONGEST, over_length="truncate_text")
+    section = TrainSection(
+        seed=seed,
+        per_device_train_batch_size=min(fitted.batch_size, len(rows)),
+        num_train_epochs=epochs,
+        learning_rate=rates[0],
+        weight_decay=0.01,
+        warmup_ratio=0.05,
+        bf16=False,
+        save_steps=0,
+    )
+    plan = StepPlan(
+        rows=len(rows), micro_batch=section.per_device_train_batch_size, micro_per_step=1, world=1, seed=seed
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        if rates[1] is None and len(model.encoders):
+            held = (renderer.inputs(rows[at : at + _READ]) for at in range(0, len(rows), _READ))
+            renderer.use(FeatureStore.build(Path(scratch) / "features", model, held, list(model.encoders)), rows)
+        job = TrainJob(
+            adapted=_adapted(fitted, rates[1]),
+            objective=ClassificationObjective(model),
+            samples=rows,
+            eval_samples=[],
+            renderer=renderer,
+            plan=plan,
+            total_steps=plan.steps_for(epochs),
+            eval_batch_size=fitted.batch_size,
+            section=section,
+            folder=Path(scratch),
+            identity={},
+        )
+        accelerator = make_accelerator(section)
+        Engine(job, accelerator=accelerator, journal=Journal(None, quiet=True), callbacks=[losses]).fit(resume=False)
+    return losses.values
+
+
+def _adapted(fitted: Fitted, encoder_rate: float | None) -> Adapted:
+    """The model as the engine trains it: the fusion whole, and the encoders with a rate of their own or not at all."""
+    model, parts = fitted.model, find_parts(fitted.model)
+    model.requires_grad_(True)
+    model.encoders.requires_grad_(encoder_rate is not None)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = []
-    for inside, rate in rates.items():
-        for decayed in (True, False):
-            chosen = [
-                parameter
-                for name, parameter in model.named_parameters()
-                if parameter.requires_grad
-                and name.startswith("encoders.") == inside
-                and (parameter.ndim >= 2) == decayed
-            ]
-            if chosen:
-                groups.append({"params": chosen, "lr": rate, "peak": rate, "weight_decay": 0.01 if decayed else 0.0})
-    optimizer = torch.optim.AdamW(groups)
-    per_epoch = math.ceil(len(rows) / fitted.batch_size)
-    losses: list[float] = []
-    for epoch in range(epochs):
-        order = list(range(len(rows)))
-        generator(seed, "fit", "order", epoch).shuffle(order)
-        for start in range(0, len(rows), fitted.batch_size):
-            step, chosen_rows = len(losses), order[start : start + fitted.batch_size]
-            torch.manual_seed(fold(seed, "fit", "step", step))
-            model.train()
-            batch = _batch(fitted.processor, [rows[at] for at in chosen_rows])
-            out = model(**batch, labels=labels[chosen_rows])
-            loss = out.loss_sum / max(int(out.loss_count), 1)
-            if not torch.isfinite(loss):
-                raise NonFiniteError(f"the loss is {loss.item()} in step {step}", do="lower learning_rate")
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            scale = lr_scale(step, total=epochs * per_epoch, warmup_ratio=0.05, kind="cosine")
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * scale
-            optimizer.step()
-            losses.append(loss.item())
-    return losses
+    for part in dict.fromkeys(parts.part_of(name) for name in trained):
+        for inside in (False, True):
+            names = [n for n in trained if parts.part_of(n) == part and n.startswith("encoders.") == inside]
+            groups += [ParamGroup(part, tuple(names), encoder_rate if inside else None)] if names else []
+    targets = tuple(Target(group.part, "other", (), "full") for group in groups)
+    backbone = Backbone(model, fitted.processor, parts, None, "fitted", None, False)
+    return Adapted(model, backbone, targets, "full", tuple(groups))
 
 
 def _batch(processor: FusionProcessor, rows: Sequence[Sample]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     key = str(path.absolute())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(path.parent):
+        with one_at_a_time(path.parent):
             _refuse_held(path, held_here=key in _held)
             mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": _status(os.getpid())[1]}
             temporary = path.with_name(f".lock.{os.getpid()}.tmp")
@@ -66,9 +66,10 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Keeps two processes from taking over the same dead lock; some network disks cannot, and go without."""
-    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Processes that name the same folder, or file (made where absent), go through the block one after another; some
+    network disks cannot, and go without."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if path.is_dir() else os.O_CREAT), 0o600)
     try:
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)

@@ -6,6 +6,7 @@ says what it was made of: a resumed or finished run finds the same base again.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,21 +30,33 @@ from mmft.recipe.schema import ModelSection, Recipe
 from mmft.seeds import fold
 
 FILE = "composed.json"
+_PATIENCE = 3600
 _PARTS = {"text": "tokenizer", "image": "image_processor", "video": "image_processor", "audio": "feature_extractor"}
 
 
 def compose(recipe: Recipe, folder: Path, samples: Sequence[Sample]) -> ModelSection:
-    """The section of the base in `folder`/base; rank 0 makes it when it is absent or was made of something else."""
+    """The section of the base in `folder`/base. Rank 0 makes it when it is absent or was made of something else (under
+    torch.distributed transformers saves on rank 0 alone); the others wait, without a collective, because after
+    training rank 0 asks again alone."""
     target = folder / "base"
-    section = recipe.model.model_copy(update={"name_or_path": str(target), "encoders": {}, "revision": None})
     made_of = _digest(recipe, samples)
-    with PartialState().main_process_first():
-        stored = read_json_file(target / FILE) if (target / FILE).is_file() else {}
-        if stored.get("made_of") != made_of:
+    begin = time.monotonic()
+    while _made_of(target) != made_of:
+        if PartialState().is_main_process:
             with atomic_folder(target, replace=True) as made:
                 _write(recipe, samples, made)
                 write_json(made / FILE, {"made_of": made_of, "encoders": dict(recipe.model.encoders)})
-    return section
+        elif time.monotonic() - begin > _PATIENCE:
+            raise BackboneError(
+                f"rank 0 has not made the base in {_PATIENCE} s", where=str(target), do="look at its log"
+            )
+        else:
+            time.sleep(0.2)
+    return recipe.model.model_copy(update={"name_or_path": str(target), "encoders": {}, "revision": None})
+
+
+def _made_of(target: Path) -> str | None:
+    return read_json_file(target / FILE).get("made_of") if (target / FILE).is_file() else None
 
 
 def _digest(recipe: Recipe, samples: Sequence[Sample]) -> str:
@@ -159,8 +172,8 @@ def build(
     config.table = None if schema is None else schema.as_config()
     limits = [int(part.model_max_length) for kind, part in parts.values() if kind == "text"]
     longest = min([*limits, *([max_length] if max_length else [])], default=None)
-    names = [] if config.task == "regression" else list((config.id2label or {}).values())
-    processor = FusionProcessor(parts, schema, max_length=longest, task=config.task, classes=names)
+    classes = [] if config.task == "regression" else list((config.id2label or {}).values())
+    processor = FusionProcessor(parts, schema, max_length=longest, task=config.task, classes=classes)
     return FusionModel.from_encoders(config, loaded), processor
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from mmft.adapters.build import Adapted
 from mmft.data.audit import fingerprint
@@ -20,6 +19,7 @@ from mmft.evaluation.classes import inner
 from mmft.files import sha256_bytes, to_json
 from mmft.fusion.store import FeatureStore
 from mmft.kinds.base import Datasets
+from mmft.lock import one_at_a_time
 from mmft.recipe.schema import Recipe
 
 _BATCH = 16
@@ -28,7 +28,8 @@ _BATCH = 16
 def stored_features(recipe: Recipe, adapted: Adapted, datasets: Datasets, renderer: FusedRenderer) -> None:
     """Give the renderer the tokens of every encoder that nothing trains, computed now where the cache has none.
 
-    Rank 0 computes, the others wait. Raises RecipeError when `cache_features: true` and an encoder is trained.
+    The first rank that comes computes, the others wait. Raises RecipeError when `cache_features: true` and an encoder
+    is trained.
     """
     wanted = recipe.objective.cache_features
     trained = _trained(adapted)
@@ -49,7 +50,8 @@ def stored_features(recipe: Recipe, adapted: Adapted, datasets: Datasets, render
         {(one.source, one.id): one for part in (datasets.train, *datasets.evals.values()) for one in part}.values()
     )
     path = _folder() / f"{_digest(recipe, adapted, renderer, rows, names)}.safetensors"
-    with PartialState().main_process_first():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(path.with_suffix(".lock")):
         if not path.is_file():
             renderer.use(None)
             with torch.autocast(fusion.device.type, dtype=torch.bfloat16, enabled=recipe.train.bf16):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -23,6 +25,7 @@ from mmft.kinds.fusion import oversampled, with_rates
 from mmft.recipe.load import load_recipe
 from tests.fusion.small import ENCODERS, SIDE
 from tests.fusion.test_processor import tokenizer
+from tests.runs import run_process
 
 WORDS = ("a red dog", "dogs run")
 
@@ -309,6 +312,24 @@ def test_each_modality_can_have_its_own_learning_rate(home, tmp_path):
         with_rates(adapted, {"nose": 1.0})
     with pytest.raises(RecipeError, match="no modality is called|nothing of 'table'"):
         with_rates(adapted, {"tabel": 1.0})
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(home, tmp_path):
+    """The same rows in a step, once as two micro-batches in a row, once on two ranks; modalities are dropped alike."""
+    fields = {"max_steps": 4, "effective_batch_size": 16}
+    for name in ("one", "two"):
+        given = recipe(home, tmp_path / name, objective={"modality_dropout": 0.3}, train=fields)
+        given = {**given, "export": {"merge": False}, "evaluate": {"models": ["adapter"], "bootstrap_samples": 20}}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(given))
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        launch = launch if name == "two" else [sys.executable]
+        outcome = run_process(*launch, "-m", "mmft", "train", path, ACCELERATE_USE_CPU="true")
+        assert outcome.code == 0, outcome.err[-6000:]
+    one, two = (losses(tmp_path / name / "small") for name in ("one", "two"))
+    assert len(one) == 4
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 def broken(home: Path, folder: Path, **cells) -> Path:
