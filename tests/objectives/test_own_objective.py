@@ -79,7 +79,7 @@ def test_a_recipe_cannot_name_code(tmp_path):
     ("spec", "what", "allowed"),
     [
         ("no_such.py:Focal", "no_such.py is not a file", "FILE.py:NAME"),
-        ("FocalObjective", "names no objective", "FILE.py:NAME"),
+        ("FocalObjective", "is not a name in a file", "FILE.py:NAME"),
         (f"{EXAMPLE}:Focal", "has no 'Focal'", "FocalObjective"),
         ("{own}:wants_one", "cannot be made", "takes (model, recipe)"),
         ("{own}:Empty", "Empty has no name, metrics, count, loss", "loss(model, batch) -> Loss"),
@@ -169,7 +169,7 @@ def test_an_objective_of_whole_steps_is_left_alone():
     made = Whole()
     assert make_custom(lambda model, recipe: made, torch.nn.Identity(), None) is made  # type: ignore[arg-type,return-value]
     assert isinstance(made, StepObjective)
-    with pytest.raises(RecipeError, match="names no objective"):
+    with pytest.raises(RecipeError, match="is not a name in a file"):
         find_factory("own.txt:Name")
 
 
