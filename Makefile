@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs
 
-.PHONY: demo test test-slow test-methods lint bench bench-merge clean
+.PHONY: demo test test-slow test-methods lint bench bench-merge bench-rl clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/bin/python:
@@ -41,6 +41,9 @@ test-families: $(VENV)/.test  ## the proof of every model family of transformers
 
 bench: $(VENV)/.test  ## ratios against the plain path, measured in one run
 	$(BIN)/python tests/bench/bench.py
+
+bench-rl: $(VENV)/.test  ## the recipes that learn from preferences and rewards, whole, three seeds each (about an hour)
+	$(BIN)/python tests/bench/bench_rl.py
 
 bench-merge: $(VENV)/.test  ## memory and time of the merge against cp at three settings, 1.2 and 6 GB (20 GB of disk)
 	$(BIN)/python tests/bench/bench_merge.py

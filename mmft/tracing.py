@@ -59,12 +59,13 @@ def trace_row(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     datasets = Datasets(samples, {}, kind.renderer(loaded, backbone.processor), fingerprint="")
     # A loss that compares rows needs more than one.
     rows = [samples[(row + more) % len(samples)] for more in range(kind.least_rows)]
+    alone = dataclasses.replace(datasets, train=rows)
+    objective = kind.objective(loaded, adapted, alone)  # it may tell the renderer how the model wants its rows
     pad = 0 if hasattr(datasets.renderer, "assemble") else backbone.pad_token_id
     batch = assemble(datasets.renderer, [(one, 0) for one in rows], pad_token_id=pad)
-    alone = dataclasses.replace(datasets, train=rows)
     return [
         *_data_stations(loaded, datasets, batch, row=row),
-        *_model_stations(loaded, adapted, kind.objective(loaded, adapted, alone), batch),
+        *_model_stations(loaded, adapted, objective, batch),
     ]
 
 

@@ -89,6 +89,12 @@ FIELDS = {
     "objective: sft": "label_smoothing_factor",
     "objective: contrastive": "loss captions_per_image train_logit_scale cache_features probe_set probe_max_drop"
     " probe_action",
+    "objective: reward": "margin centre_weight",
+    "objective: dpo": "beta precompute_reference loss_type label_noise image_weight rejected_image sft_weight",
+    "objective: kto": "beta precompute_reference desirable_weight undesirable_weight",
+    "objective: orpo": "beta",
+    "objective: simpo": "beta gamma",
+    "objective: cpo": "beta sft_weight",
     "objective: captioning": "label_smoothing_factor captions_per_image prompt",
     "objective: classification": "label_smoothing_factor task classes strategy pooling hidden_size modality_dropout"
     " auxiliary_weight modality_learning_rates balance focal_gamma cache_features",
@@ -370,6 +376,7 @@ def test_the_knobs_stay_within_their_budget():
     refused |= {name: refused[name] + len((*JOINT_READS_NOT, "evaluate.group_by")) for name in ("joint", "dual")}
     refused["contrastive"] = len(PAIRS_READ_NOT) + len(("evaluate.metrics", "evaluate.group_by"))
     refused |= {name: refused[name] + len(ONLINE_READS_NOT) for name in ("grpo", "rloo", "ppo")}
+    refused["dpo"] += len(("data.supervise",))
     for name in READS:
         assert common + len(fields[f"objective: {name}"]) - refused.get(name, 0) <= MOST_FIELDS, name
 

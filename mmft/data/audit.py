@@ -80,6 +80,10 @@ def fingerprint(samples: Iterable[Sample]) -> str:
         media = [media_digest(ref) for ref in sample.media]
         row: list[Any] = [sample.id, sample.source, turns, media, list(sample.answers), sorted(sample.tags.items())]
         row += [list(sample.negatives)] if sample.negatives else []
+        row += [
+            [one.text, one.score, one.good, None if one.media is None else [media_digest(ref) for ref in one.media]]
+            for one in sample.candidates
+        ]
         if sample.cells:
             row.append(
                 [

@@ -1,8 +1,8 @@
 """Rows of any dialect become `Sample`s; every row that does not is listed with its line and reason.
 
-Five dialects: `messages` (+ `images`), LLaVA `conversations`, `qa` (`image, question, answer(s)`), `pairs` (`image,
-caption(s)`; sounds and videos too) and `table` (columns of any kind). `layouts.py` says how a source lies on disk. No
-medium is decoded here; a path is only looked up below its media root.
+Six dialects: `messages` (+ `images`), LLaVA `conversations`, `qa` (`image, question, answer(s)`), `pairs` (`image,
+caption(s)`; sounds and videos too), `preference` (answers compared) and `table` (columns of any kind).
+`layouts.py` says how a source lies on disk. No medium is decoded here; a path is only looked up below its media root.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from mmft.data.dialects import DIALECTS, RowContext, guess_format
 from mmft.data.layouts import Source, open_source
 from mmft.data.pairs import looks_like_pairs, parse_pair
+from mmft.data.preference import PREFERENCE, looks_like_preferences, parse_preference
 from mmft.data.readers import Row
 from mmft.data.sample import Sample
 from mmft.data.table_rows import parse_table
@@ -30,10 +31,11 @@ SHIPPED = "shipped:emoji-scenes/"
 SHIPPED_PAIRS = "shipped:emoji-pairs/"
 SHIPPED_CAPTIONS = "shipped:emoji-captions/"
 SHIPPED_FUSION = "shipped:fusion/"
+SHIPPED_PREFERENCES = "shipped:emoji-preferences/"
 _LOOK = 20
 
 TABLE = "table"
-PARSERS = {**DIALECTS, "pairs": parse_pair, TABLE: parse_table}
+PARSERS = {**DIALECTS, "pairs": parse_pair, PREFERENCE: parse_preference, TABLE: parse_table}
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,10 @@ def source_path(source: DataSource) -> Path:
         from mmft.data.fusion_sets import shipped_fusion
 
         return shipped_fusion(source.path.removeprefix(SHIPPED_FUSION))
+    if source.path.startswith(SHIPPED_PREFERENCES):
+        from mmft.data.preference_scenes import shipped_preferences
+
+        return shipped_preferences(source.path.removeprefix(SHIPPED_PREFERENCES))
     return Path(source.path)
 
 
@@ -139,6 +145,8 @@ def _open(source: DataSource, wanted: Sequence[str]) -> _Opened:
 def _guessed(rows: Sequence[Row], source: DataSource, path: Path, wanted: Sequence[str]) -> str:
     if tuple(wanted) == (TABLE,):
         return TABLE
+    if looks_like_preferences(rows):
+        return PREFERENCE
     try:
         return guess_format(rows, source.columns, where=str(path))
     except DataError:

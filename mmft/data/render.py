@@ -106,6 +106,11 @@ class Renderer:
         """
         return self._guarded(sample, lambda row: self._training(row, slow=True))
 
+    def sibling(self, first: Rendered, sample: Sample, other: Sample) -> Rendered:
+        """`render(other)`, where it differs from the rendered `sample` in its last answer only: the pictures are not
+        processed again. Falls back to `render` where ids and labels cannot be told from the texts."""
+        return self._guarded(other, lambda row: self._sibling(first, sample, row)) or self.render(other)
+
     def length(self, sample: Sample) -> int:
         """Tokens of the row as `render` would make them, without decoding its pictures.
 
@@ -159,6 +164,31 @@ class Renderer:
                 "no token of the row carries loss", do="remove the row; its answer has no tokens of its own"
             )
         return rendered
+
+    def _sibling(self, first: Rendered, sample: Sample, other: Sample) -> Rendered | None:
+        """Ids up to where the two texts part as they are, the rest from the text; None where that is not sure."""
+        whole = first.input_ids.tolist()
+        per_token = any(tuple(value.shape[:2]) == (1, len(whole)) for value in first.media.values())
+        if not self.tokenizer.is_fast or per_token or self.supervise != "last_answer":
+            return None
+        text = self.text(other.turns)
+        before, _ = self._plain(self.text(sample.turns))
+        short, offsets = self._plain(text)
+        shared, gained = common_prefix(before, short), len(whole) - len(before)
+        seen = int(torch.isin(first.input_ids[: shared + gained], self._media_ids).sum())
+        if whole[shared + gained :] != before[shared:] or seen != first.media_tokens:
+            return None
+        ids = torch.cat((first.input_ids[: shared + gained], torch.tensor(short[shared:], dtype=torch.int64)))
+        if len(ids) > self.max_length:
+            return None
+        start, end = token_spans(offsets, self._answer_spans(other.turns, text))[-1]
+        labels = torch.full_like(ids, IGNORED)
+        labels[start + gained : end + gained] = ids[start + gained : end + gained]
+        if not bool((labels[1:] != IGNORED).any()):
+            return None
+        return dataclasses.replace(
+            first, id=other.id, input_ids=ids, labels=labels, text_tokens=len(ids) - first.media_tokens
+        )
 
     def _prompting(self, sample: Sample) -> Rendered:
         turns = sample.turns[:-1] if sample.turns and sample.turns[-1].role == "assistant" else sample.turns

@@ -45,6 +45,20 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """One of the answers to a prompt that were compared or judged.
+
+    `score`: a number given to it; `good`: a thumb up or down; `media`: pictures of its own in the places of the row's
+    (None: the row's).
+    """
+
+    text: str
+    score: float | None = None
+    good: bool | None = None
+    media: tuple[MediaRef, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One speaker's turn; its pieces in order."""
 
@@ -64,7 +78,8 @@ class Sample:
     `answers` are the references an evaluation compares with (ten for VQA rows); empty means the last
     assistant turn is the one reference. A pair has no turns: its texts are the `answers`, texts that are wrong for its
     picture the `negatives`. A table's row has no turns either: `cells` holds every column in the table's order, `media`
-    those of its cells. `tags` are free labels such as the question type.
+    those of its cells. A row of preferences ends with the question; its `candidates` stand best first. `tags` are free
+    labels such as the question type.
     """
 
     id: str
@@ -72,6 +87,7 @@ class Sample:
     media: tuple[MediaRef, ...] = ()
     answers: tuple[str, ...] = ()
     negatives: tuple[str, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
     cells: Mapping[str, Cell] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     source: str = ""

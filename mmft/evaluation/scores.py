@@ -52,6 +52,42 @@ def score_records(
     return {"headline": job.metrics[0].name, "scores": next(iter(sets.values()))["scores"], "sets": sets}
 
 
+class _Mean(RowMetric):
+    """The mean of numbers that were made elsewhere."""
+
+    def __init__(self, name: str, *, binary: bool) -> None:
+        self.name, self.binary = name, binary
+
+    def rows(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+        """Not asked: the numbers are given."""
+        raise NotImplementedError
+
+
+def score_values(
+    name: str,
+    values: Mapping[str, Mapping[str, np.ndarray]],
+    tags: Sequence[Mapping[str, str]],
+    *,
+    group_by: Sequence[str] = (),
+    bootstrap_samples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """A set's entry of `sets` from one number a row: `values[MODEL][METRIC]` (N,), the first metric first.
+
+    Means, intervals, groups and paired differences as in `score_records`; every model has the same metrics.
+    """
+    first = next(iter(values.values()))
+    every = {metric: np.concatenate([one[metric] for one in values.values()]) for metric in first}
+    metrics = tuple(_Mean(metric, binary=bool(np.isin(every[metric], (0.0, 1.0)).all())) for metric in first)
+    job = _Job(tuple(values), metrics, bootstrap_samples, seed)
+    stats = {
+        (model, metric): np.asarray(one[metric], dtype=np.float64).reshape(-1, 1)
+        for model, one in values.items()
+        for metric in first
+    }
+    return _score_stats(name, stats, [{"tags": dict(one)} for one in tags], group_by, job=job)
+
+
 def _check(records: Sequence[Mapping[str, Any]], job: _Job) -> None:
     if not records or not job.models or not job.metrics:
         raise DataError(
@@ -76,6 +112,12 @@ def _score_set(name: str, rows: Sequence[Mapping[str, Any]], group_by: Sequence[
         for model in job.models
         for metric in job.metrics
     }
+    return _score_stats(name, stats, rows, group_by, job=job)
+
+
+def _score_stats(
+    name: str, stats: Stats, rows: Sequence[Mapping[str, Any]], group_by: Sequence[str], *, job: _Job
+) -> dict[str, Any]:
     groups: dict[str, dict[str, Any]] = {}
     for tag, values in _groupings(rows, group_by):
         groups[tag] = {}

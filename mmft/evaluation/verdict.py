@@ -20,6 +20,7 @@ LABELS = {
     "mae": "mean absolute error",
     "rmse": "root mean squared error",
     "r2": "R²",
+    "win_rate": "win rate over the base",
 }
 
 LOWER_IS_BETTER = ("log_loss", "ece", "mae", "rmse")

@@ -10,9 +10,22 @@ from mmft.kinds.joint import Dual, Joint
 from mmft.kinds.masked import Masked
 from mmft.kinds.online import Online
 from mmft.kinds.pairs import Pairs
+from mmft.kinds.preference import Preference
+from mmft.kinds.reward import Reward
 from mmft.recipe.schema import Recipe
 
-KINDS: tuple[Kind, ...] = (Chat(), Pairs(), Captioning(), Fusion(), Joint(), Dual(), Masked(), Online())
+KINDS: tuple[Kind, ...] = (
+    Chat(),
+    Pairs(),
+    Captioning(),
+    Fusion(),
+    Joint(),
+    Dual(),
+    Masked(),
+    Online(),
+    Preference(),
+    Reward(),
+)
 
 
 def kind_of(recipe: Recipe) -> Kind:

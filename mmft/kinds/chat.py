@@ -14,7 +14,7 @@ from mmft.data.collate import collate
 from mmft.data.loader import RowRenderer
 from mmft.data.order import epoch_order
 from mmft.data.preview import write_preview
-from mmft.data.render import IGNORED, Renderer
+from mmft.data.render import IGNORED, Renderer, Supervise
 from mmft.data.sample import Sample
 from mmft.engine.memory import estimate_memory
 from mmft.evaluation.answers import PredictionStore
@@ -30,14 +30,14 @@ from mmft.runfolder import RunFolder
 CALIBRATION_BATCHES = 16
 
 
-def make_renderer(recipe: Recipe, processor: Any) -> Renderer:
+def make_renderer(recipe: Recipe, processor: Any, *, supervise: Supervise | None = None) -> Renderer:
     """The renderer of conversations a recipe asks for. Raises DataError for a processor without a chat template."""
     data = recipe.data
     return Renderer(
         processor,
         max_length=data.max_length,
         over_length=data.over_length,
-        supervise=data.supervise,
+        supervise=supervise or data.supervise,
         max_image_pixels=data.max_image_pixels,
     )
 

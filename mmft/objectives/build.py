@@ -14,7 +14,7 @@ from mmft.recipe.schema import ObjectiveSection
 def build_sft(section: ObjectiveSection, model: nn.Module) -> SftObjective:
     """`sft` bound to the model's vocabulary head. Raises BackboneError when the model has no output embeddings."""
     head = output_head(model, where=f"objective.name: {section.name}")
-    return SftObjective(head=head, label_smoothing=section.label_smoothing_factor, ahead=_virtual_tokens(model))
+    return SftObjective(head=head, label_smoothing=section.label_smoothing_factor, ahead=virtual_tokens(model))
 
 
 def output_head(model: nn.Module, *, where: str) -> nn.Module:
@@ -32,7 +32,7 @@ def output_head(model: nn.Module, *, where: str) -> nn.Module:
     return head
 
 
-def _virtual_tokens(model: Any) -> int:
+def virtual_tokens(model: Any) -> int:
     """Tokens that prompt tuning puts before the text (a prefix goes into the cache and adds no state)."""
     config = getattr(model, "active_peft_config", None)
-    return config.num_virtual_tokens if config is not None and config.peft_type == "PROMPT_TUNING" else 0
+    return config.numvirtual_tokens if config is not None and config.peft_type == "PROMPT_TUNING" else 0

@@ -10,6 +10,7 @@ from mmft.errors import Problem
 from mmft.recipe.check_adapter import ADAPTER_RULES, missing_adapter, on_quantized, part_modes, targets, unread_fields
 from mmft.recipe.check_objective import OBJECTIVE_RULES
 from mmft.recipe.check_pairs import PAIR_RULES
+from mmft.recipe.check_preference import PREFERENCE_RULES
 from mmft.recipe.nodes import Node
 from mmft.recipe.ondisk import Finding, is_below_file, missing_model, missing_sources
 from mmft.recipe.rules import PARTS, SUBPARTS, Rule, quantized, target_parts
@@ -150,6 +151,7 @@ RULES: tuple[Rule, ...] = (
     *ADAPTER_RULES,
     *OBJECTIVE_RULES,
     *PAIR_RULES,
+    *PREFERENCE_RULES,
 )
 
 

@@ -163,6 +163,7 @@ class DataSource(Section):
         "prompt",
         "qa",
         "pairs",
+        "preference",
         "table",
         "folder",
         "webdataset",

@@ -293,6 +293,51 @@ CASES = [
         "objective: {name: contrastive, probe_set: held}\neval_steps: 5\n",
         "objective.probe_set names an evaluation set, and data.eval is empty",
     ),
+    *[
+        (f"objective: {{{field}: {value}}}\n", f"objective.{field}: sft does not read it")
+        for field, value in {
+            "beta": 0.3,
+            "gamma": 1.0,
+            "precompute_reference": "true",
+            "loss_type": "ipo",
+            "label_noise": 0.1,
+            "image_weight": 1.0,
+            "rejected_image": "other",
+            "sft_weight": 1.0,
+            "desirable_weight": 2.0,
+            "undesirable_weight": 2.0,
+            "margin": "true",
+            "centre_weight": 0.1,
+        }.items()
+    ],
+    (
+        "objective: {name: dpo}\nadapter: {method: full}\n",
+        "objective.precompute_reference: with this adapter section the model without its adapter",
+    ),
+    (
+        "objective: {name: dpo, precompute_reference: true, image_weight: 1.0}\n",
+        "objective.precompute_reference: the changed pictures of image_weight are others in every epoch",
+    ),
+    (
+        "objective: {name: dpo, label_noise: 0.1, loss_type: hinge}\n",
+        "objective.label_noise: loss_type hinge does not read it",
+    ),
+    (
+        "objective: {name: reward}\nadapter: {method: full}\n",
+        "adapter.method: a reward head is kept beside an adapter, and full makes none",
+    ),
+    (
+        "objective: {name: cpo}\nover_length: truncate_text\n",
+        "data.over_length: truncate_text would cut the question of two answers differently",
+    ),
+    (
+        "objective: {name: reward}\nevaluate: {metrics: [bleu]}\n",
+        "evaluate.metrics: a reward model is scored by the pairs it ranks rightly",
+    ),
+    (
+        "objective: {name: orpo}\nsupervise: last_answer\n",
+        "data.supervise: answers that are compared always carry loss on the last turn alone",
+    ),
     ("objective: {probe_set: held}\n", "objective.probe_set: sft does not read it"),
     ("objective: {probe_max_drop: 0.2}\n", "objective.probe_max_drop: sft does not read it"),
     ("objective: {probe_action: stop}\n", "objective.probe_action: sft does not read it"),

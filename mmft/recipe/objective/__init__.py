@@ -14,6 +14,7 @@ from mmft.recipe.objective.contrastive import ContrastiveFields, SimilarityField
 from mmft.recipe.objective.joint import DualFields, JointFields
 from mmft.recipe.objective.online import GroupFields, RolloutFields, ValueFields
 from mmft.recipe.objective.pairs import PairFields
+from mmft.recipe.objective.preference import PREFERENCE_READS, PreferenceFields
 from mmft.recipe.objective.sft import SmoothingFields
 from mmft.recipe.section import Section
 
@@ -28,6 +29,7 @@ READS: dict[str, tuple[type[Section], ...]] = {
     "grpo": (RolloutFields, GroupFields),
     "rloo": (RolloutFields,),
     "ppo": (RolloutFields, ValueFields),
+    **PREFERENCE_READS,
 }
 """Objective -> the groups of fields it reads."""
 
@@ -44,17 +46,34 @@ class ObjectiveSection(
     RolloutFields,
     GroupFields,
     ValueFields,
+    PreferenceFields,
 ):
     """What is minimised."""
 
     name: Literal[
-        "sft", "contrastive", "captioning", "classification", "joint", "dual", "mlm", "grpo", "rloo", "ppo"
+        "sft",
+        "contrastive",
+        "captioning",
+        "classification",
+        "joint",
+        "dual",
+        "mlm",
+        "grpo",
+        "rloo",
+        "ppo",
+        "reward",
+        "dpo",
+        "kto",
+        "orpo",
+        "simpo",
+        "cpo",
     ] = "sft"
     """`sft`: cross-entropy of the answers' tokens; `contrastive`: pictures and texts of a dual encoder; `captioning`:
     cross-entropy of the captions of an encoder-decoder, or of a decoder that sees the picture; `classification`: labels
     of rows with pictures, texts, sounds, videos and columns of a table; `joint`: contrastive, matching and captioning
     heads together; `dual`: picture to text and text to picture tied by consistency; `mlm`: hidden words of texts with
-    pictures; `grpo`, `rloo`, `ppo`: reinforcement learning on answers that the model samples."""
+    pictures; `grpo`, `rloo`, `ppo`: reinforcement learning on answers that the model samples; `reward`: a number
+    for an answer; `dpo`, `orpo`, `simpo`, `cpo`: pairs of answers; `kto`: thumbs."""
 
 
 def readers(field: str) -> list[str]:

@@ -1,0 +1,125 @@
+"""Reward models: one number for an answer, read off the state of its last token by a linear head in fp32.
+
+Loss: Plackett-Luce over each ranking (for pairs Bradley-Terry, with a margin where the rows' scores give one), and a
+term that keeps rewards around zero. The head sits beside the vocabulary head, so any generative backbone will do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmft.data.collate import Batch
+from mmft.data.preference_render import PreferenceBatch
+from mmft.objectives import preference_losses as losses
+from mmft.objectives.base import Loss
+
+HEAD = "reward_head"
+"""Name of the head on the adapted model."""
+
+
+def make_head(hidden: int) -> nn.Linear:
+    """A head that gives every answer 0: training starts from no opinion and needs no random draw."""
+    head = nn.Linear(hidden, 1, bias=False, dtype=torch.float32)
+    nn.init.zeros_(head.weight)
+    return head
+
+
+def answer_rewards(
+    model: nn.Module, vocabulary: nn.Module, head: nn.Linear, batch: PreferenceBatch, *, ahead: int = 0
+) -> Tensor:
+    """The reward of every answer, (R,) float32.
+
+    The states are caught where the `vocabulary` head gets them, which is then computed for one token only. The reward
+    enters the forward's output with weight zero, so that a distributed wrapper knows the head as used.
+    """
+    ids = batch.inputs["input_ids"]
+    last = batch.last.to(ids.device)
+    caught: list[Tensor] = []
+
+    def catch(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0][:, ahead:] if ahead else args[0]
+        states = hidden.reshape(-1, hidden.shape[-1])[last]
+        with torch.autocast(states.device.type, enabled=False):
+            caught.append(head(states.to(head.weight.dtype))[:, 0])
+        return (hidden[:, :1], *args[1:])
+
+    def tie(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        return out + 0.0 * caught[-1].sum().to(out.dtype)
+
+    handles = [vocabulary.register_forward_pre_hook(catch), vocabulary.register_forward_hook(tie)]
+    try:
+        model(**batch.inputs, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return caught[-1]
+
+
+class RewardObjective:
+    """Rankings (pairs among them) by their answers' rewards."""
+
+    name = "reward"
+    metrics = {
+        "preference_accuracy": ("right", "pairs"),
+        "reward_margin": ("margin", "pairs"),
+        "reward_mean": ("rewards", "answers"),
+    }
+
+    def __init__(
+        self,
+        *,
+        vocabulary: nn.Module,
+        head: nn.Linear,
+        margin: bool = False,
+        centre_weight: float = 0.0,
+        ahead: int = 0,
+    ) -> None:
+        self.vocabulary, self.head, self.ahead = vocabulary, head, ahead
+        self.margin, self.centre_weight = margin, centre_weight
+
+    def count(self, batch: Batch) -> int:
+        """Rankings of the batch."""
+        return len(batch.ids)
+
+    def rewards(self, model: nn.Module, batch: PreferenceBatch) -> Tensor:
+        """The reward of every answer, (R,)."""
+        return answer_rewards(model, self.vocabulary, self.head, batch, ahead=self.ahead)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        """Sum over rankings."""
+        assert isinstance(batch, PreferenceBatch)
+        rewards = self.rewards(model, batch)
+        owner, rank = batch.owner.to(rewards.device), batch.rank.to(rewards.device)
+        total = ranking_loss(rewards, owner, rank, batch.score.to(rewards) if self.margin else None).sum()
+        if self.centre_weight:
+            sums = rewards.new_zeros(len(batch.ids)).index_add(0, owner, rewards)
+            total = total + self.centre_weight * (sums**2).sum()
+        gaps = _gaps(rewards.detach(), owner, rank)
+        logs = {"right": (gaps > 0).sum(), "pairs": torch.tensor(len(gaps)), "margin": gaps.sum()}
+        logs |= {"rewards": rewards.detach().sum(), "answers": torch.tensor(len(rewards))}
+        return Loss(sum=total, count=len(batch.ids), logs=logs)
+
+
+def ranking_loss(rewards: Tensor, owner: Tensor, rank: Tensor, score: Tensor | None) -> Tensor:
+    """One loss a ranking; with `score` (R,) pairs have the difference of their scores as margin (nan: none)."""
+    if score is None:
+        return losses.plackett_luce(rewards, owner, rank)
+    size = torch.bincount(owner)
+    pairs = (size == 2)[owner]
+    if not bool(pairs.all()):  # a margin is a matter of two answers
+        score = torch.where(pairs, score, torch.nan)
+    first = rank == 0
+    second = torch.zeros_like(score).index_put((owner[rank == 1],), score[rank == 1])
+    margin = torch.nan_to_num(score[first] - second[owner[first]], nan=0.0)
+    shifted = rewards.clone()
+    shifted[first] = rewards[first] - margin
+    return losses.plackett_luce(shifted, owner, rank)
+
+
+def _gaps(rewards: Tensor, owner: Tensor, rank: Tensor) -> Tensor:
+    """Reward of the better less that of the worse, for every two answers of a ranking."""
+    better = (owner[:, None] == owner[None, :]) & (rank[:, None] < rank[None, :])
+    return (rewards[:, None] - rewards[None, :])[better]
