@@ -6,6 +6,7 @@ A new kind is one file: a subclass with the stations that differ, entered in `mm
 from __future__ import annotations
 
 import gc
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate import PartialState
 
 from mmft.adapters.build import Adapted
 from mmft.backbones.load import Backbone, load_backbone
@@ -20,10 +22,13 @@ from mmft.data.formats import Loaded
 from mmft.data.loader import RowRenderer
 from mmft.data.sample import Sample
 from mmft.engine.callbacks import Callback
-from mmft.errors import DataError, RecipeError
+from mmft.errors import BackboneError, DataError, RecipeError
 from mmft.objectives.base import Objective
 from mmft.recipe.schema import ModelSection, Recipe
 from mmft.runfolder import RunFolder
+
+PATIENCE = 3600
+"""Seconds that other ranks wait for what rank 0 makes."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,22 @@ def check_formats(kind: Kind, recipe: Recipe, sets: Sequence[Loaded]) -> None:
                 allowed=kind.rows_wanted,
                 do="change objective.name, or set data.train[].format",
             )
+
+
+def wait_for_rank_0(is_made: Callable[[], bool], make: Callable[[], None], *, where: Path) -> None:
+    """Have rank 0 make something that all ranks read, unless it is there (under torch.distributed transformers saves on
+    rank 0 alone). The others wait without a collective, because after training rank 0 asks again alone.
+
+    Raises BackboneError when it is not there after an hour.
+    """
+    begin = time.monotonic()
+    while not is_made():
+        if PartialState().is_main_process:
+            make()
+        elif time.monotonic() - begin > PATIENCE:
+            raise BackboneError(f"rank 0 has not made it in {PATIENCE} s", where=str(where), do="look at its log")
+        else:
+            time.sleep(0.2)
 
 
 def folder_section(section: ModelSection, folder: Path) -> ModelSection:

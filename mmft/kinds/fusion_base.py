@@ -6,14 +6,12 @@ says what it was made of: a resumed or finished run finds the same base again.
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from mmft.backbones.load import load_backbone
 from mmft.data.audit import fingerprint
@@ -26,32 +24,25 @@ from mmft.files import atomic_folder, read_json_file, sha256_bytes, to_json, wri
 from mmft.fusion import FusionConfig, FusionModel, FusionProcessor, TableSchema
 from mmft.fusion.config import KINDS
 from mmft.fusion.heads import balanced_weights
+from mmft.kinds.base import wait_for_rank_0
 from mmft.recipe.schema import ModelSection, Recipe
 from mmft.seeds import fold
 
 FILE = "composed.json"
-_PATIENCE = 3600
 _PARTS = {"text": "tokenizer", "image": "image_processor", "video": "image_processor", "audio": "feature_extractor"}
 
 
 def compose(recipe: Recipe, folder: Path, samples: Sequence[Sample]) -> ModelSection:
-    """The section of the base in `folder`/base. Rank 0 makes it when it is absent or was made of something else (under
-    torch.distributed transformers saves on rank 0 alone); the others wait, without a collective, because after
-    training rank 0 asks again alone."""
+    """The section of the base in `folder`/base. Rank 0 makes it when it is absent or was made of something else."""
     target = folder / "base"
     made_of = _digest(recipe, samples)
-    begin = time.monotonic()
-    while _made_of(target) != made_of:
-        if PartialState().is_main_process:
-            with atomic_folder(target, replace=True) as made:
-                _write(recipe, samples, made)
-                write_json(made / FILE, {"made_of": made_of, "encoders": dict(recipe.model.encoders)})
-        elif time.monotonic() - begin > _PATIENCE:
-            raise BackboneError(
-                f"rank 0 has not made the base in {_PATIENCE} s", where=str(target), do="look at its log"
-            )
-        else:
-            time.sleep(0.2)
+
+    def make() -> None:
+        with atomic_folder(target, replace=True) as made:
+            _write(recipe, samples, made)
+            write_json(made / FILE, {"made_of": made_of, "encoders": dict(recipe.model.encoders)})
+
+    wait_for_rank_0(lambda: _made_of(target) == made_of, make, where=target)
     return recipe.model.model_copy(update={"name_or_path": str(target), "encoders": {}, "revision": None})
 
 

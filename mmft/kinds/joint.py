@@ -23,7 +23,7 @@ from mmft.evaluation.answers import PredictionStore
 from mmft.evaluation.joint import JointFound, add_scores, look_at_pairs, score_joint
 from mmft.evaluation.scores import score_records
 from mmft.files import scratch_folder, write_json
-from mmft.kinds.base import Datasets, folder_section, models
+from mmft.kinds.base import Datasets, folder_section, models, wait_for_rank_0
 from mmft.kinds.pairs import LIMITS, RESULT, Pairs
 from mmft.objectives.base import Objective
 from mmft.objectives.dual import DualObjective
@@ -55,18 +55,16 @@ class Joint(Pairs):
             return recipe.model
         if set(architectures) & set(_WHOLE):
             return recipe.model
-        dual = load_backbone(recipe.model.model_copy(update={"dtype": "float32"}))
-        folder.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(folder, made.name) as scratch:
-            compose_joint(
-                dual.model, dual.processor, scratch, layers=recipe.objective.decoder_layers, seed=recipe.train.seed
-            )
-            try:
-                scratch.replace(made)
-            except OSError:
-                if not (made / "config.json").is_file():  # else another process of this run was faster
-                    raise
+        wait_for_rank_0(lambda: (made / "config.json").is_file(), lambda: self._compose(recipe, made), where=made)
         return folder_section(recipe.model, made)
+
+    def _compose(self, recipe: Recipe, made: Path) -> None:
+        dual = load_backbone(recipe.model.model_copy(update={"dtype": "float32"}))
+        made.parent.mkdir(parents=True, exist_ok=True)
+        layers, seed = recipe.objective.decoder_layers, recipe.train.seed
+        with scratch_folder(made.parent, made.name) as scratch:
+            compose_joint(dual.model, dual.processor, scratch, layers=layers, seed=seed)
+            scratch.replace(made)
 
     def terms(self, recipe: Recipe) -> list[str]:
         """Heads that are used, and so scored."""

@@ -103,7 +103,7 @@ def test_a_reward_of_the_users_own(tmp_path):
     code = tmp_path / "mine.py"
     code.write_text(
         "seen = []\n\n\ndef vowels(attempt):\n    seen.append(attempt)\n    assert len(seen) <= 40\n"
-        "    return sum(letter in 'aeiou' for letter in attempt.text)\n"
+        "    return 2 + sum(letter in 'aeiou' for letter in attempt.text)\n"
     )
     recipe, mine = written(tmp_path, "grpo", {**LONG, "train.save_steps": 1}), ["--reward", f"{code}:vowels", "--quiet"]
     stopped = runs.cli("train", recipe, *mine)
