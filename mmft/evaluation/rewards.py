@@ -122,15 +122,13 @@ def one_by_one(reward: Reward) -> Scorer:
     return lambda attempts: [reward(attempt) for attempt in attempts]
 
 
-def find_reward(name: str, *, longest: int, reward_model: Callable[[str], Scorer] | None = None) -> Scorer:
-    """The reward a recipe names. Raises RecipeError for an unknown one."""
+def find_reward(name: str, *, longest: int, device: Any = "cpu") -> Scorer:
+    """The reward a recipe names; a reward model is read onto `device`."""
     kind, _, given = name.partition(":")
     if kind == "reward_model":
-        if reward_model is None:
-            raise RecipeError(
-                f"'{name}': there is nothing here that reads reward models", where="objective.rewards", do="take it out"
-            )
-        return reward_model(given)
+        from mmft.evaluation.model_rewards import by_model
+
+        return by_model(given, device=device)
     if kind in REWARD_METRICS:
         return one_by_one(by_metric(kind))
     plain: Mapping[str, Reward] = {"iou": iou, "length": by_length(longest), "unfinished": unfinished}

@@ -95,8 +95,15 @@ class Online(Chat):
             longest=longest,
             temperature=section.temperature,
         )
+        device = next(adapted.model.parameters()).device
         kind = PpoObjective if section.name == "ppo" else GroupObjective
-        return kind(policy, sampler, make_judge(recipe, datasets.rewards), section=section, seed=recipe.train.seed)
+        return kind(
+            policy,
+            sampler,
+            make_judge(recipe, datasets.rewards, device=device),
+            section=section,
+            seed=recipe.train.seed,
+        )
 
     def calibration(self, recipe: Recipe, backbone: Any, datasets: Datasets) -> list[dict[str, torch.Tensor]]:
         """Rows with their answers."""
@@ -134,12 +141,13 @@ def _plain(datasets: Datasets) -> Datasets:
     return dataclasses.replace(datasets, renderer=datasets.renderer.inner)
 
 
-def make_judge(recipe: Recipe, own: Mapping[str, Reward]) -> WeightedRewards:
+def make_judge(recipe: Recipe, own: Mapping[str, Reward], *, device: Any = "cpu") -> WeightedRewards:
     """The rewards of the recipe, or functions of the user's own in their place. The score that they stand for is the
     first of `evaluate.metrics` that speaks of one answer (else exact match)."""
     longest = recipe.evaluate.max_new_tokens
     terms = {name: (1.0, one_by_one(reward)) for name, reward in own.items()} or {
-        name: (weight, find_reward(name, longest=longest)) for name, weight in recipe.objective.rewards.items()
+        name: (weight, find_reward(name, longest=longest, device=device))
+        for name, weight in recipe.objective.rewards.items()
     }
     true = next((name for name in recipe.evaluate.metrics if name in REWARD_METRICS), "exact_match")
     return WeightedRewards(terms, true=by_metric(true))

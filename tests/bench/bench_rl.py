@@ -70,6 +70,24 @@ def _wins(report: Report) -> bool:
     return score(report, first, "adapter", "win_rate")["low"] > 0.5 and lost <= 0.02
 
 
+def _online(report: Report) -> list[str]:
+    name = next(iter(report["sets"]))
+    change = report["sets"][name]["paired"]["adapter-base"]
+    before, after = (shown(report, name, model, "exact_match") for model in ("base", "adapter"))
+    gap = report["online"]["sampler_gap"]["largest_at_start"]
+    return [f"exact match {before} -> {after}", f"change {change['difference']:+.3f}", f"sampler gap {gap:.1e}"]
+
+
+def _gains(minutes: int) -> Callable[[Report], bool]:
+    """Exact match up by 0.10 or more, in so many minutes of training."""
+
+    def holds(report: Report) -> bool:
+        change = report["sets"][next(iter(report["sets"]))]["paired"]["adapter-base"]
+        return change["difference"] >= 0.10 and report["training"]["seconds"] <= 60 * minutes
+
+    return holds
+
+
 TASKS = (
     Task(
         "reward_model",
@@ -78,6 +96,8 @@ TASKS = (
     ),
     Task("dpo", _pairs, _wins),
     Task("kto", _pairs, _wins),
+    Task("grpo", _online, _gains(15)),
+    Task("ppo", _online, _gains(30)),
 )
 
 
