@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,24 @@ def test_a_kill_and_a_signal_change_nothing(name, tmp_path):
     for file in ("trainable.safetensors", "optimizer.safetensors"):
         place = Path("checkpoints") / "step-000012" / file
         assert (run / place).read_bytes() == (whole(name) / place).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo", "ppo"])
+def test_two_processes_sample_and_learn_the_same(name, tmp_path):
+    """Up to the rounding of sums over other batches: the answers, their rewards and the losses are those of one."""
+    more = {**LONG, "train.max_steps": 3, "objective.kl_coef": 0.01}
+    mmft.train(written(tmp_path / "one", name, more), quiet=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    recipe = written(tmp_path / "two", name, more)
+    outcome = runs.run_process(*launch, "-m", "mmft", "train", recipe, ACCELERATE_USE_CPU="true")
+    assert outcome.code == 0, outcome.err
+    one, two = (steps_of(tmp_path / which / "runs" / "tiny") for which in ("one", "two"))
+    assert len(one) == len(two) == 3
+    for left, right in zip(one, two, strict=True):
+        for key in ("reward", "score", "answer_tokens", "equal_groups"):
+            assert left[key] == pytest.approx(right[key], abs=1e-6), key
+        for key in ("loss", "kl", "entropy", "grad_norm"):
+            assert left[key] == pytest.approx(right[key], abs=1e-3, rel=1e-3), key
 
 
 def test_a_reward_of_the_users_own(tmp_path):
