@@ -5,7 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from multiprocessing.process import BaseProcess
 from typing import Protocol
 
@@ -121,13 +122,14 @@ def batches(
     data = _MicroBatches(samples, renderer, work, pad_token_id, side)
     stream = _ahead(data, workers) if workers else (data[index] for index in range(len(data)))
     step: list[Batch] = []
-    for item in stream:
-        if isinstance(item, MmftError):
-            raise item
-        step.append(item)
-        if len(step) == work.per_step:
-            yield step
-            step = []
+    with closing(stream):  # an error's traceback keeps this frame, and would keep the workers with it
+        for item in stream:
+            if isinstance(item, MmftError):
+                raise item
+            step.append(item)
+            if len(step) == work.per_step:
+                yield step
+                step = []
 
 
 def _kill(children: Iterable[BaseProcess]) -> None:
@@ -136,7 +138,7 @@ def _kill(children: Iterable[BaseProcess]) -> None:
             child.kill()
 
 
-def _ahead(data: _MicroBatches, workers: int) -> Iterator[Batch | MmftError]:
+def _ahead(data: _MicroBatches, workers: int) -> Generator[Batch | MmftError, None, None]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
     loader = DataLoader(
         data,

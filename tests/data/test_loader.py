@@ -77,6 +77,7 @@ def test_a_bad_row_is_the_same_error_from_a_worker(workers):
         list(run(plan, workers=workers, max_length=20, stop=11))
     assert "Traceback" not in str(caught.value) and "rows.jsonl:" in str(caught.value)
     assert caught.value.problems[0].allowed == "at most 20 (data.max_length)"
+    assert not multiprocessing.active_children()  # also while the error, and with it the loop's frame, is held
 
 
 class _Killer(Renderer):
