@@ -22,10 +22,15 @@ torch.set_num_threads(1)
 from pathlib import Path
 import peft, transformers, bitsandbytes
 from mmft.export.merge import merge_adapter
-from mmft.export.names import meta_model
+from mmft.export.names import map_names, meta_model
+from mmft.export.shards import Weights, weight_files
 from tests.export import zoo
 base, adapter, out = map(Path, sys.argv[1:4])
 meta_model(base)  # imports the model's modules
+started = time.monotonic()
+with Weights(weight_files(base)) as weights:  # transformers' table of renamings, as in a process that loads a model
+    map_names(meta_model(base), weights.entries)
+table = time.monotonic() - started
 if int(sys.argv[4]):  # private writable memory, heap and anonymous maps: what malloc and torch's allocator take
     with open("/proc/self/status") as status:
         data = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
@@ -34,7 +39,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 started = time.monotonic()
 merge_adapter(base, adapter, out)
-print(time.monotonic() - started, flush=True)  # with the manifest, and the folder in its place
+print(time.monotonic() - started, table, flush=True)  # with the manifest, and the folder in its place
 """
 
 
@@ -93,9 +98,10 @@ def _noise(nbytes: int) -> memoryview:
     return memoryview(whole.contiguous().view(torch.uint8).numpy())
 
 
-def watched_merge(base: Path, adapter: Path, out: Path, *, limit: int = 0) -> tuple[int, int, float]:
+def watched_merge(base: Path, adapter: Path, out: Path, *, limit: int = 0) -> tuple[int, int, float, float]:
     """Merge in a child of its own: anonymous memory in bytes before, its peak during the merge, and the seconds.
 
+    The last number are the seconds that transformers takes once per process for its table of renamings.
     `limit` is an RLIMIT_DATA above what the process has after its imports: the kernel then refuses further memory.
     """
     child = subprocess.Popen(
@@ -115,7 +121,8 @@ def watched_merge(base: Path, adapter: Path, out: Path, *, limit: int = 0) -> tu
         peak = max(peak, _anonymous(child.pid))
         time.sleep(0.01)
     assert child.returncode == 0
-    return before, peak, float(child.stdout.read().split()[-1])
+    seconds, table = map(float, child.stdout.read().split()[-2:])
+    return before, peak, seconds, table
 
 
 def _anonymous(pid: int) -> int:

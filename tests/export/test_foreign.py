@@ -58,6 +58,11 @@ OLD: dict[str, dict[str, str]] = {
     "qwen2_vl": {"model.language_model.": "model.", "model.visual.": "visual."},
     "qwen2_5_vl": {"model.language_model.": "model.", "model.visual.": "visual."},
     "mllama": {"model.language_model.": "language_model.model.", "model.vision_model.": "vision_model."},
+    "llava_next": {
+        "model.language_model.": "language_model.model.",
+        "model.vision_tower.": "vision_tower.vision_model.",
+    },
+    "internvl": {"model.language_model.": "language_model.model.", "model.vision_tower.": "vision_tower."},
     "paligemma": {
         "model.language_model.": "language_model.model.",
         "model.vision_tower.": "vision_tower.vision_model.",
@@ -146,7 +151,7 @@ def test_two_adapters_in_one_file_are_refused(plain: tuple[Path, Path, Path], tm
         merge_adapter(base, other, tmp_path / "merged")
 
 
-@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "mllama"])
+@pytest.mark.parametrize("kind", OLD)
 def test_layout_of_a_named_version(kind: str, tmp_path: Path) -> None:
     """There and back: the old layout merges to the same bytes, and peft loads what comes back."""
     base = zoo.save_tiny(tmp_path / "base", kind)
@@ -168,6 +173,13 @@ def test_layout_of_a_named_version(kind: str, tmp_path: Path) -> None:
     merge_adapter(base, adapter, tmp_path / "merged")
     merge_adapter(base, tmp_path / "old", tmp_path / "again")
     assert_same_files(tmp_path / "merged", tmp_path / "again")
+
+
+@pytest.mark.parametrize("kind", ["smolvlm", "idefics3"])
+def test_names_that_never_moved_stay(kind: str, tmp_path: Path) -> None:
+    base = zoo.save_tiny(tmp_path / "base", kind)
+    keys = export_layout(zoo.adapt(base, tmp_path / "adapter"), tmp_path / "old", "4.51", base=base)
+    assert keys and all(old == new for new, old in keys.items())
 
 
 def test_layout_is_checked(plain: tuple[Path, Path, Path], tmp_path: Path) -> None:

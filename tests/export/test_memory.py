@@ -17,7 +17,7 @@ def _growth(folder: Path, *, megabytes: int, limit: int = 0, **sizes: int) -> tu
     base, adapter = big_pair(folder, megabytes=megabytes, **sizes)
     total = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     assert total > 0.9 * megabytes * 10**6
-    before, peak, seconds = watched_merge(base, adapter, folder / "merged", limit=limit)
+    before, peak, seconds, _ = watched_merge(base, adapter, folder / "merged", limit=limit)
     verify_folder(folder / "merged")
     print(f"{total / 1e6:.0f} MB merged in {seconds:.1f} s, anonymous memory +{(peak - before) / 1e6:.0f} MB")
     return total, peak - before

@@ -25,6 +25,7 @@ ADALORA_FIELDS |= {"total_step"}
 VERA_FIELDS = frozenset(
     {"projection_prng_key", "save_projection", "vera_dropout", "d_initial", "fan_in_fan_out", "init_weights"}
 )
+_LAYERS = "Linear, Conv1D, Embedding, Conv1d to Conv3d with one group"
 _STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -46,11 +47,11 @@ def lora_steps(site: Site) -> list[tuple[str, Step]]:
     leaf = _bare_parameter(site)
     if leaf is not None:
         return [(site.name(leaf), _bare(site, leaf))]
-    layer, weight = _kind(site)
+    layer = _kind(site)
     table = layer == "embedding"
     a = site.need("lora_embedding_A" if table else "lora_A.weight")
     b = site.need("lora_embedding_B" if table else "lora_B.weight")
-    shape = site.shape(weight)
+    shape = site.shape()
     product = delta_shape(layer, site.adapter.shape(a), site.adapter.shape(b))
     if product[1:] != shape[1:]:  # the rows are compared when it is known whether the table has grown
         raise Homeless
@@ -63,16 +64,15 @@ def lora_steps(site: Site) -> list[tuple[str, Step]]:
         )
     scaling = scaling_of(site, site.adapter.shape(a)[0])
     step = Lora(layer, a, b, scaling, product, magnitude, early=table)
-    found: list[tuple[str, Step]] = [(site.name(weight), step)]
+    found: list[tuple[str, Step]] = [(site.name(), step)]
     if "lora_B.bias" in site.parts:
-        bias = {"weight": "bias", "in_proj_weight": "in_proj_bias"}[weight]
-        if site.name(bias) not in site.shapes:
+        if site.name("bias") not in site.shapes:
             raise ExportError(
                 f"{site.module} has a LoRA bias, but the base layer has none",
                 where=str(site.adapter.folder),
                 do=DAMAGED,
             )
-        found.append((site.name(bias), BiasAdd(site.parts["lora_B.bias"], scaling)))
+        found.append((site.name("bias"), BiasAdd(site.parts["lora_B.bias"], scaling)))
     return found
 
 
@@ -89,19 +89,27 @@ def scaling_of(site: Site, rank: int, key: str | None = None) -> float:
     return alpha / math.sqrt(rank) if site.option("use_rslora") else alpha / rank
 
 
-def _kind(site: Site) -> tuple[Kind, str]:
+def _kind(site: Site) -> Kind:
     layer = site.layer
-    if is_conv(layer) and layer.groups == 1:  # type: ignore[union-attr]
-        return "conv", "weight"
-    if is_linear(layer):
-        return "linear", "weight"
-    if is_transposed(layer):
-        return "conv1d", "weight"
-    if isinstance(layer, nn.Embedding):
-        return "embedding", "weight"
     if isinstance(layer, nn.MultiheadAttention):
-        return "linear", "in_proj_weight"
-    raise site.refuse("LoRA", "Linear, Conv1D, Embedding, MultiheadAttention, Conv1d to Conv3d with one group")
+        # peft 0.21 adds out_proj's change twice in each forward and each merge (github.com/huggingface/peft, pull
+        # request 3774), so the same folder is another model as soon as that is mended.
+        raise ExportError(
+            f"LoRA on {site.module} (nn.MultiheadAttention) is another model in each version of peft: up to 0.21 the "
+            "change of its output projection counts twice",
+            where=str(site.adapter.folder),
+            allowed=_LAYERS,
+            do="merge with merge_and_unload of the peft version that trained it",
+        )
+    if is_conv(layer) and layer.groups == 1:  # type: ignore[union-attr]
+        return "conv"
+    if is_linear(layer):
+        return "linear"
+    if is_transposed(layer):
+        return "conv1d"
+    if isinstance(layer, nn.Embedding):
+        return "embedding"
+    raise site.refuse("LoRA", _LAYERS)
 
 
 def _bare_parameter(site: Site) -> str | None:
