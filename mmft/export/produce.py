@@ -9,7 +9,7 @@ import torch
 
 from mmft.errors import ExportError
 from mmft.export.delta import Adapter, Update
-from mmft.export.deltas.base import WHOLE, Matrix
+from mmft.export.deltas.base import WHOLE, Matrix, Sum
 from mmft.export.names import Group, NameMap, Segment, load_group, save_group
 from mmft.export.roundtrip import RoundTrip
 from mmft.export.shards import Entry, Output, Weights, as_bytes, blocks_of, row_blocks, view
@@ -250,9 +250,11 @@ class _Worker:
     def rows(self, weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """The merged rows; `weight` may be changed in place."""
         norms = self.norms
+        if self.trip is None and len(self.steps) == 1 and isinstance(self.steps[0], Sum):
+            return self._sum(self.steps[0], weight, start, stop)
         size = _square(weight)
         norms.weight += size
-        bound, limit = size**0.5, torch.finfo(weight.dtype).max / 2 if weight.is_floating_point() else 0.0
+        bound = size**0.5
         if self.trip is not None:
             seen = self.trip.rows(start, stop)
             norms.lost = (norms.lost or 0.0) + _square(seen.float() - weight.float())
@@ -262,10 +264,25 @@ class _Worker:
             size = _square(delta)
             norms.delta += size
             bound += size**0.5
-        # No value is larger than the norms together; only where these tell nothing is each looked at.
-        if self.steps and weight.is_floating_point() and not (bound < limit or torch.isfinite(weight).all()):
-            raise ExportError(f"{self.name} is not finite after the merge", do="merge into float32 or bfloat16")
+        if self.steps and weight.is_floating_point():
+            self._finite(weight, bound)
         return weight
+
+    def _sum(self, step: Sum, weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """`rows` of the commonest update, with the rows widened to float32 once for the norm and the sum."""
+        wide = weight.float()
+        size = _square(wide)
+        merged, delta = step.onto(wide, start, stop, dtype=weight.dtype)
+        added = _square(delta)
+        self.norms.weight += size
+        self.norms.delta += added
+        self._finite(merged, size**0.5 + added**0.5)
+        return merged
+
+    def _finite(self, merged: torch.Tensor, bound: float) -> None:
+        # No value is larger than the norms together; only where these tell nothing is each looked at.
+        if not (bound < torch.finfo(merged.dtype).max / 2 or torch.isfinite(merged).all()):
+            raise ExportError(f"{self.name} is not finite after the merge", do="merge into float32 or bfloat16")
 
 
 def _after(read: Read, step: Callable) -> Read:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from mmft.export.deltas.base import Adapter, Homeless, Matrix, Merge, Step
+from mmft.export.deltas.base import Adapter, Homeless, Matrix, Merge, Step, Sum
 
 Kind = Literal["linear", "conv1d", "conv", "embedding"]
 
@@ -43,14 +43,14 @@ class Lora:
         if self.magnitude is not None:
             return self._dora(adapter, weight, a, b)
 
+        # peft adds a linear delta in float32 and rounds once, an embedding's after rounding it to the weight's type
+        if not self.early:
+            return Sum(lambda start, stop: self.delta(a, b, start, stop))
+
         def merge(rows: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
             delta = self.delta(a, b, start, stop)
-            # peft adds a linear delta in float32 and rounds once, an embedding's after rounding it to the weight's type
-            if self.early:
-                rows += delta.to(rows.dtype)
-                return rows, delta
-            # the bits of `rows += delta`, whose kernel for two types is three times slower
-            return rows.float().add_(delta).to(rows.dtype), delta
+            rows += delta.to(rows.dtype)
+            return rows, delta
 
         return merge
 
