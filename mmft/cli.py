@@ -50,6 +50,7 @@ def train(
     reward: Annotated[
         list[str] | None, typer.Option(help="FILE.py:NAME of a reward function in the place of the recipe's (again).")
     ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Without the fast path: train.fast=false.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train, save, merge, verify, evaluate, report."""
@@ -57,7 +58,7 @@ def train(
 
     report = mmft.train(
         recipe,
-        overrides or [],
+        [*(overrides or []), *(["train.fast=false"] if plain else [])],
         resume=resume,
         overwrite=overwrite,
         quiet=quiet,

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from mmft.adapters.build import build_adapters
+from mmft.adapters.build import Adapted, build_adapters
 from mmft.backbones.load import Backbone, load_processor, meta_backbone, meta_model
 from mmft.backbones.parts import find_parts
 from mmft.data.formats import load_all, source_name
 from mmft.data.loader import RowRenderer
 from mmft.data.sample import Sample
 from mmft.errors import BackboneError
+from mmft.fast.known import fast_plan
+from mmft.fast.plan import Setting
 from mmft.journal import Journal
 from mmft.kinds import kind_of
 from mmft.kinds.base import Kind
@@ -46,7 +48,7 @@ def make_plan(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] =
         source_name(source): len(load_all((source,), loaded.data, seed=loaded.train.seed, wanted=kind.formats))
         for source in loaded.data.eval
     }
-    lengths = None
+    lengths, renderer = None, None
     if backbone.processor is not None:
         renderer = kind.renderer(loaded, backbone.processor)
         if renderer.over_length == "drop":
@@ -57,14 +59,16 @@ def make_plan(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     else:
         notes.append("no processor at hand: token lengths are not known, memory is estimated at 512 tokens a row")
     steps, total = plan_steps(loaded, samples, 1)
-    weights = _weight_bytes(loaded, backbone)  # before adapters are put in
-    parts, targets, trainable = _trained(loaded, backbone)
+    weights, sizes = _weight_bytes(loaded, backbone), _sizes(backbone)  # before adapters are put in
+    adapted = build_adapters(backbone, loaded.adapter, seed=loaded.train.seed)
+    parts, trainable = _trained(adapted, sizes)
     memory, more = _memory(loaded, backbone, weights=weights, trainable=trainable, lengths=lengths)
     return {
         "name": loaded.name,
         "model": {"name": backbone.name, "model_type": backbone.model.config.model_type, "dtype": loaded.model.dtype},
         "parts": parts,
-        "targets": targets,
+        "targets": adapted.table(),
+        "fast": fast_plan(Setting(loaded, adapted, renderer, samples)).table(),
         "data": {"train": len(samples), **evals},
         "tokens": {kind: _percentiles(values) for kind, values in (lengths or {}).items()},
         "steps": {"total": total, "rows_per_step": steps.rows_per_step, "epochs": steps.epoch_at(total)},
@@ -98,19 +102,23 @@ def _percentiles(values: Sequence[int]) -> dict[str, int]:
     return {"p50": int(found[0]), "p90": int(found[1]), "p99": int(found[2]), "max": int(max(values))}
 
 
-def _trained(recipe: Recipe, backbone: Backbone) -> tuple[list[dict[str, Any]], list[list[str]], int]:
-    """Rows of the parts table, rows of the targets table, trainable parameters: counted on the adapted meta model."""
+def _sizes(backbone: Backbone) -> dict[str, int]:
+    """Parameters of each part, before adapters are put in."""
     sizes: dict[str, int] = {}
     for name, param in backbone.model.named_parameters():
         part = backbone.parts.part_of(name)
         sizes[part] = sizes.get(part, 0) + param.numel()
-    adapted = build_adapters(backbone, recipe.adapter, seed=recipe.train.seed)
+    return sizes
+
+
+def _trained(adapted: Adapted, sizes: Mapping[str, int]) -> tuple[list[dict[str, Any]], int]:
+    """Rows of the parts table, trainable parameters: counted on the adapted meta model."""
     trained: dict[str, int] = {}
     for name, param in adapted.trainable().items():
         part = adapted.home(name)[0]
         trained[part] = trained.get(part, 0) + param.numel()
     parts = [{"part": part, "parameters": count, "trainable": trained.get(part, 0)} for part, count in sizes.items()]
-    return parts, adapted.table(), sum(trained.values())
+    return parts, sum(trained.values())
 
 
 def _weight_bytes(recipe: Recipe, backbone: Backbone) -> int:

@@ -31,6 +31,8 @@ from mmft.engine.guards import Interrupted
 from mmft.engine.loop import Engine, TrainJob
 from mmft.engine.state import TrainState
 from mmft.errors import DataError, Problem, RecipeError, choices
+from mmft.fast.known import fast_plan, install
+from mmft.fast.plan import Setting, Work
 from mmft.files import sha256_bytes, to_json, write_json
 from mmft.journal import Journal
 from mmft.kinds import kind_of
@@ -261,18 +263,26 @@ def train_stage(
     if recipe.train.report_to:
         accelerator.init_trackers(recipe.name)  # below train.output_dir, so in the run folder; rank 0 only
     writer = MetricsWriter(run.journal, accelerator, every=recipe.train.logging_steps)
+    setting = Setting(
+        recipe, adapted, datasets.renderer, datasets.train, accelerator.num_processes, custom=factory is not None
+    )
+    work = Work(adapted, _objective(recipe, adapted, datasets, factory), datasets.renderer)
+    fast, work = install(fast_plan(setting), setting, work)
+    run.journal.table("fast path", ["optimisation", "", "reason", "saves"], fast.table())
     job = TrainJob(
-        adapted=adapted,
-        objective=_objective(recipe, adapted, datasets, factory),
+        adapted=work.adapted,
+        objective=work.objective,
         samples=datasets.train,
         eval_samples=next(iter(datasets.evals.values()), []),
-        renderer=datasets.renderer,
+        renderer=work.renderer,
         plan=plan,
         total_steps=total,
         eval_batch_size=recipe.evaluate.per_device_eval_batch_size,
         section=recipe.train,
         folder=run.path,
+        prepare=work.prepare,
         identity=identity(recipe, adapted.backbone, datasets, plan)
+        | ({"fast": fast.digest} if fast.digest else {})
         | ({"objective": source_digest(factory)} if factory else {})
         | {f"reward {name}": source_digest(reward) for name, reward in datasets.rewards.items()},
     )
@@ -280,7 +290,10 @@ def train_stage(
     callbacks = [Progress(run.journal), *watchers, writer, *extra]
     engine = Engine(job, accelerator=accelerator, journal=run.journal, callbacks=callbacks)
     begin = time.monotonic()
-    state = engine.fit(resume=resume)
+    try:
+        state = engine.fit(resume=resume)
+    finally:
+        work.release()
     if accelerator.is_main_process:
         _write_facts(run, adapted, state, seconds=time.monotonic() - begin, rows=len(datasets.train), plan=plan)
     if (state.stopped or "").startswith("signal"):

@@ -184,6 +184,8 @@ def plan_text(values: dict[str, Any]) -> str:
     rows = [[part["part"], f"{part['parameters']:,}", f"{part['trainable']:,}"] for part in values["parts"]]
     lines += grid(["part", "parameters", "trainable"], rows)
     lines += ["", *grid(["part", "what", "mode", "modules", "trained"], values["targets"])]
+    if values.get("fast"):
+        lines += ["", *grid(["fast path", "", "reason", "saves"], values["fast"])]
     if values.get("data"):
         lines += ["", *grid(["set", "rows"], [[name, f"{count:,}"] for name, count in values["data"].items()])]
     if values.get("tokens"):

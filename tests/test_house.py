@@ -42,32 +42,33 @@ FLOORS = {
     "fusion": 2,
     "adapters": 3,
     "objectives": 3,
-    "engine": 4,
-    "evaluation": 4,
-    "export": 4,
-    "runfolder": 5,
-    "kinds": 5,
-    "stages": 5,
-    "outcome": 5,
-    "run": 5,
-    "planning": 5,
-    "checking": 5,
-    "converting": 5,
-    "tracing": 5,
-    "answer": 5,
-    "prove": 5,
-    "summary": 5,
-    "fitting": 5,
-    "cli": 6,
-    "__main__": 6,
-    "__init__": 6,
+    "fast": 4,
+    "engine": 5,
+    "evaluation": 5,
+    "export": 5,
+    "runfolder": 6,
+    "kinds": 6,
+    "stages": 6,
+    "outcome": 6,
+    "run": 6,
+    "planning": 6,
+    "checking": 6,
+    "converting": 6,
+    "tracing": 6,
+    "answer": 6,
+    "prove": 6,
+    "summary": 6,
+    "fitting": 6,
+    "cli": 7,
+    "__main__": 7,
+    "__init__": 7,
 }
 """Every top-level room and file of the package. A file imports its own room and lower floors."""
 
 TOGETHER = {
     0: "plain files: files stands on lock, paths, digests and errors, journal on files",
-    5: "chapters: run reads runfolder, kinds, stages and outcome; tracing, planning, prove, answer reuse the stages",
-    6: "cli calls the functions of mmft, __main__ calls cli",
+    6: "chapters: run reads runfolder, kinds, stages and outcome; tracing, planning, prove, answer reuse the stages",
+    7: "cli calls the functions of mmft, __main__ calls cli",
 }
 """Floors on which the rooms are single files of one subject, and why they may import each other."""
 
@@ -108,14 +109,14 @@ FIELDS = {
     "train": "output_dir seed per_device_train_batch_size gradient_accumulation_steps effective_batch_size"
     " num_train_epochs max_steps learning_rate lr_scheduler_type warmup_ratio weight_decay adam_beta1 adam_beta2"
     " adam_epsilon max_grad_norm bf16 gradient_checkpointing logging_steps eval_steps save_steps save_total_limit"
-    " early_stopping_patience load_best_model_at_end dataloader_num_workers report_to",
+    " early_stopping_patience load_best_model_at_end fast dataloader_num_workers report_to",
     "evaluate": "models metrics per_device_eval_batch_size max_new_tokens num_beams top_p temperature group_by"
     " class_tag templates bootstrap_samples",
     "export": "merge merge_onto dtype max_shard_size interpolate verify_rows",
 }
 """Every knob of a recipe. A new one is added here on purpose, with a test of what it does."""
 
-MOST_FIELDS = 98
+MOST_FIELDS = 99
 """What the recipe of one objective can hold; fields of other objectives are refused there, so nobody meets them all."""
 LONGEST_FILE, LONGEST_FUNCTION, MOST_POSITIONAL = 400, 70, 6
 ALLOWED_LOAD = ("mmft/backbones/shipped.py", "_tower_weights")

@@ -9,7 +9,7 @@ the number of processes changes a number, and stops before an update that is not
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +39,8 @@ from mmft.seeds import fold
 
 @dataclass(frozen=True)
 class TrainJob:
-    """All that the loop is given. `identity` names what a resumed run must have in common with this one."""
+    """All that the loop is given. `identity` names what a resumed run must have in common with this one; `prepare` is
+    what a batch on the device goes through last."""
 
     adapted: Adapted
     objective: Objective
@@ -52,6 +53,7 @@ class TrainJob:
     section: TrainSection
     folder: Path
     identity: dict[str, Any]
+    prepare: Callable[[Batch], Batch] = lambda batch: batch
 
     @property
     def checkpoints(self) -> Path:
@@ -229,7 +231,7 @@ class Engine:
         """The batch on the device, its pictures in the type of the base's weights."""
         dtype = self.job.adapted.backbone.model.dtype
         inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.inputs.items()}
-        return replace(batch, inputs=inputs).to(self.accelerator.device)
+        return self.job.prepare(replace(batch, inputs=inputs).to(self.accelerator.device))
 
     def _reduce(self, values: Sequence[float]) -> list[float]:
         if self._world == 1:

@@ -51,15 +51,22 @@ def head_on_rows(head: nn.Module, rows: Tensor, *, ahead: int = 0) -> Iterator[N
 
 class SftObjective:
     """Cross-entropy of supervised tokens; `head` is the model's output embeddings, `ahead` the number of virtual
-    tokens that an adapter puts before the text."""
+    tokens that an adapter puts before the text. With `every_position` the head scores all positions (plain twin)."""
 
     name = "sft"
     metrics = {"token_accuracy": ("correct", "count")}
 
-    def __init__(self, *, head: nn.Module, label_smoothing: float = 0.0, ahead: int = 0) -> None:
+    def __init__(
+        self, *, head: nn.Module, label_smoothing: float = 0.0, ahead: int = 0, every_position: bool = False
+    ) -> None:
         self.head = head
         self.ahead = ahead
         self.label_smoothing = label_smoothing
+        self.every_position = every_position
+
+    def on_every_position(self) -> SftObjective:
+        """The same loss with the head on all positions."""
+        return SftObjective(head=self.head, label_smoothing=self.label_smoothing, ahead=self.ahead, every_position=True)
 
     def count(self, batch: Batch) -> int:
         """Supervised positions of the batch."""
@@ -69,8 +76,11 @@ class SftObjective:
         """`Loss(sum, count)` of one forward; `logs["correct"]` counts greedy hits."""
         targets = batch.labels[:, 1:]
         rows = F.pad(targets != IGNORED, (0, 1), value=False)
-        with head_on_rows(self.head, rows, ahead=self.ahead):
-            logits = model(**batch.inputs, use_cache=False).logits
+        if self.every_position:
+            logits = model(**batch.inputs, use_cache=False).logits[:, self.ahead :][rows]
+        else:
+            with head_on_rows(self.head, rows, ahead=self.ahead):
+                logits = model(**batch.inputs, use_cache=False).logits
         wanted = targets[targets != IGNORED]
         scores = logits.reshape(-1, logits.shape[-1]).float()
         total = F.cross_entropy(scores, wanted, reduction="sum", label_smoothing=self.label_smoothing)

@@ -22,10 +22,12 @@ COSMETIC = (
     "train.save_steps",
     "train.save_total_limit",
     "train.dataloader_num_workers",
+    "train.fast",
     "evaluate",
     "export",
 )
-"""Fields (and sections) that a resumed run may change: they do not affect a trained number."""
+"""Fields (and sections) that a resumed run may change: they do not affect a trained number. (What `train.fast` comes
+to on a model has its own entry in a run's identity.)"""
 
 
 class _Dumper(yaml.SafeDumper):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mmft.recipe.objective import ObjectiveSection
-from mmft.recipe.section import Count, DType, PartName, Positive, Rate, Section, Share
+from mmft.recipe.section import Count, DType, FastName, PartName, Positive, Rate, Section, Share
 
 __all__ = [
     "COMPOSED",
@@ -274,6 +274,9 @@ class TrainSection(Section):
     """Evaluations without a better loss after which training stops; 0 switches it off."""
     load_best_model_at_end: bool = False
     """Keep the weights of the best evaluation instead of the last."""
+    fast: bool | tuple[FastName, ...] = True
+    """Optimisations that leave the loss and its gradients as they are, each where it is exact (`mmft plan` lists them
+    with the reason); false: none of them, a list: these alone."""
     dataloader_num_workers: Count = 0
     """Processes that open and render rows."""
     report_to: tuple[str, ...] = ()

@@ -8,6 +8,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 PartName = Literal["vision", "audio", "projector", "cross_attention", "language", "head"]
 DType = Literal["float32", "bfloat16", "float16"]
+FastName = Literal[
+    "frozen_no_graph",
+    "head_rows",
+    "head_in_forward",
+    "feature_store",
+    "packing",
+    "shared_prefix",
+    "lora_fused",
+    "nf4_once",
+    "compile",
+]
+"""Optimisations that `train.fast` can name; `mmft.fast.known` holds them."""
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -1,0 +1,21 @@
+"""All optimisations, in the order in which they are put in."""
+
+from __future__ import annotations
+
+from mmft.fast import head_rows, no_graph
+from mmft.fast.plan import Candidate, FastPlan, Setting, Work
+from mmft.fast.plan import fast_plan as _fast_plan
+from mmft.fast.plan import install as _install
+
+CANDIDATES: tuple[Candidate, ...] = (no_graph.CANDIDATE, head_rows.CANDIDATE)
+"""A new one is entered here, and its name in `mmft.recipe.section.FastName`."""
+
+
+def fast_plan(setting: Setting) -> FastPlan:
+    """The plan over all that is known."""
+    return _fast_plan(setting, CANDIDATES)
+
+
+def install(plan: FastPlan, setting: Setting, work: Work) -> tuple[FastPlan, Work]:
+    """Put in what the plan says."""
+    return _install(plan, setting, work, CANDIDATES)
