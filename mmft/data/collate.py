@@ -67,6 +67,31 @@ def collate(rows: Sequence[Rendered], *, pad_token_id: int, side: Side = "right"
     )
 
 
+def join_media(
+    rows: Sequence[Rendered], media_rows: Sequence[int], pieces: Sequence[tuple[int, slice]]
+) -> dict[str, torch.Tensor]:
+    """Media of rows that stand in one line: tensors that count media joined over `media_rows`, those along the tokens
+    cut and joined as `pieces` (row, stretch) says, zeros for a row that has none."""
+    inputs = {}
+    chosen = [rows[row] for row in media_rows]
+    for name in dict.fromkeys(name for row in rows for name in row.media):
+        present = [(row, row.media[name]) for row in rows if name in row.media]
+        if all(_is_sequence(row, value) for row, value in present):
+            model = present[0][1]
+            whole = [row.media.get(name, model.new_zeros((1, len(row.input_ids), *model.shape[2:]))) for row in rows]
+            inputs[name] = torch.cat([whole[row][:, part] for row, part in pieces], 1)
+        elif any(name in row.per_row for row in rows):
+            inputs[name] = _in_a_line([row.media[name] for row in chosen if name in row.media])
+        else:
+            inputs[name] = _stacked([row.media[name] for row in chosen if name in row.media])
+    return inputs
+
+
+def _in_a_line(values: list[torch.Tensor]) -> torch.Tensor:
+    """Tensors (1, media, ...) of rows as the (1, all media, ...) of one row."""
+    return _stacked([value.squeeze(0) for value in values]).unsqueeze(0)
+
+
 def _line(values: torch.Tensor, length: int, side: Side, *, fill: int) -> torch.Tensor:
     """(n, ...) padded to (length, ...) on one side."""
     if len(values) == length:

@@ -51,8 +51,8 @@ def assemble(
 
 
 class _MicroBatches(Dataset):
-    """The rank's micro-batches; an item is a Batch, or the MmftError that its making raised (a plain value, so that
-    it crosses the process wall as itself and not as torch's traceback text)."""
+    """The rank's micro-batches; an item is a Batch, None for one without rows, or the MmftError that its making raised
+    (a plain value, so that it crosses the process wall as itself and not as torch's traceback text)."""
 
     def __init__(
         self,
@@ -69,9 +69,11 @@ class _MicroBatches(Dataset):
     def __len__(self) -> int:
         return len(self._work)
 
-    def __getitem__(self, index: int) -> Batch | MmftError:
+    def __getitem__(self, index: int) -> Batch | MmftError | None:
         try:
             rows = [(self._samples[row], epoch) for row, epoch in self._work[index].rows]
+            if not rows:
+                return None
             return assemble(self._renderer, rows, pad_token_id=self._pad_token_id, side=self._side)
         except MmftError as error:
             return error
@@ -109,7 +111,7 @@ def batches(
     pad_token_id: int,
     side: Side = "right",
 ) -> Iterator[list[Batch]]:
-    """Yield the rank's micro-batches of every step in [start_step, stop_step).
+    """Yield the rank's micro-batches of every step in [start_step, stop_step), those that have rows.
 
     With `workers` > 0 that many processes render ahead (at most PREFETCH micro-batches each). A worker's MmftError is
     raised here as itself; a worker that died or hung is a DataError naming it.
@@ -121,14 +123,14 @@ def batches(
         return
     data = _MicroBatches(samples, renderer, work, pad_token_id, side)
     stream = _ahead(data, workers) if workers else (data[index] for index in range(len(data)))
-    step: list[Batch] = []
+    step: list[Batch | None] = []
     with closing(stream):  # an error's traceback keeps this frame, and would keep the workers with it
         for item in stream:
             if isinstance(item, MmftError):
                 raise item
             step.append(item)
             if len(step) == work.per_step:
-                yield step
+                yield [batch for batch in step if batch is not None]
                 step = []
 
 
@@ -138,7 +140,7 @@ def _kill(children: Iterable[BaseProcess]) -> None:
             child.kill()
 
 
-def _ahead(data: _MicroBatches, workers: int) -> Generator[Batch | MmftError, None, None]:
+def _ahead(data: _MicroBatches, workers: int) -> Generator[Batch | MmftError | None, None, None]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
     loader = DataLoader(
         data,
@@ -158,8 +160,8 @@ def _ahead(data: _MicroBatches, workers: int) -> Generator[Batch | MmftError, No
             # With a timeout of its own torch looks for dead workers only when that is over; without, every 5 seconds.
             watch = threading.Timer(HANG_SECONDS, _kill, (children,))
             watch.daemon = True
-            watch.start()
             try:
+                watch.start()  # torch's signal handler raises wherever this process happens to be
                 item = next(stream)
             except StopIteration:
                 return

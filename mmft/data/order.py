@@ -19,10 +19,26 @@ def epoch_order(rows: int, *, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(fold(seed, "order", epoch))).permutation(rows)
 
 
+@dataclass(frozen=True, eq=False)
+class Together:
+    """Rows that an epoch's order keeps next to each other: those with equal numbers >= 0 in `groups`."""
+
+    groups: np.ndarray
+
+    def order(self, order: np.ndarray) -> np.ndarray:
+        """`order` with the rows of a group pulled to where the group's first row stands; O(n log n)."""
+        groups = self.groups[order]
+        alone = groups < 0
+        groups = np.where(alone, np.arange(len(order)) + groups.max(initial=0) + 1, groups)
+        _, first, place = np.unique(groups, return_index=True, return_inverse=True)
+        return order[np.argsort(first[place], kind="stable")]
+
+
 @lru_cache(maxsize=4)
-def _kept_order(rows: int, seed: int, epoch: int, mixture: Mixture | None) -> np.ndarray:
+def _kept_order(rows: int, seed: int, epoch: int, mixture: Mixture | None, together: Together | None) -> np.ndarray:
     order = epoch_order(rows, seed=seed, epoch=epoch)
     order = order if mixture is None else mixture.indices(seed=seed, epoch=epoch)[order]
+    order = order if together is None else together.order(order)
     order.setflags(write=False)
     return order
 
@@ -43,7 +59,7 @@ class StepPlan:
     Step s covers stream positions [s * E, (s + 1) * E) with E = micro_batch * micro_per_step; a step may straddle
     the border of two epochs. `micro_per_step` counts over all ranks; micro-batch m goes to rank m % world, so the
     rows of a step are the same for every world size that divides the work. `rows` counts an epoch's: with a `mixture`
-    its draws.
+    its draws. `together`: groups are shuffled instead of rows, so that a group's rows meet in a step.
     """
 
     rows: int
@@ -52,6 +68,7 @@ class StepPlan:
     world: int = 1
     seed: int = 0
     mixture: Mixture | None = None
+    together: Together | None = None
 
     def __post_init__(self) -> None:
         for name in ("rows", "micro_batch", "micro_per_step", "world"):
@@ -76,7 +93,7 @@ class StepPlan:
     def at(self, position: int) -> tuple[int, int]:
         """(row, epoch) at a position of the stream."""
         epoch, offset = divmod(position, self.rows)
-        return int(_kept_order(self.rows, self.seed, epoch, self.mixture)[offset]), epoch
+        return int(_kept_order(self.rows, self.seed, epoch, self.mixture, self.together)[offset]), epoch
 
     def micro_batch_at(self, step: int, index: int) -> MicroBatch:
         """Micro-batch `index` (over all ranks) of `step`."""

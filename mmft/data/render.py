@@ -81,7 +81,7 @@ class Renderer:
                 do="take an instruction-tuned checkpoint, or put a chat_template.jinja into the model folder",
             )
         self._answer_spans = AnswerSpans(self.text)
-        self._media_ids = media_token_ids(processor)
+        self.media_ids = media_token_ids(processor)
         self._per_row: frozenset[str] | None = None
         self._gains: dict[tuple[int, int], int] = {}
 
@@ -117,7 +117,11 @@ class Renderer:
         The text is tokenised; how many tokens a picture of some size adds is measured once per size on a blank one
         (processors decide by size alone).
         """
-        return self._guarded(sample, self._length)
+        return self.sizes(sample)[0]
+
+    def sizes(self, sample: Sample) -> tuple[int, int]:
+        """(tokens, those of its pictures) of the row, as `length` counts."""
+        return self._guarded(sample, self._sizes)
 
     def fits(self, sample: Sample) -> bool:
         """Whether the row is at most `max_length` tokens long."""
@@ -175,7 +179,7 @@ class Renderer:
         before, _ = self._plain(self.text(sample.turns))
         short, offsets = self._plain(text)
         shared, gained = common_prefix(before, short), len(whole) - len(before)
-        seen = int(torch.isin(first.input_ids[: shared + gained], self._media_ids).sum())
+        seen = int(torch.isin(first.input_ids[: shared + gained], self.media_ids).sum())
         if whole[shared + gained :] != before[shared:] or seen != first.media_tokens:
             return None
         ids = torch.cat((first.input_ids[: shared + gained], torch.tensor(short[shared:], dtype=torch.int64)))
@@ -199,7 +203,7 @@ class Renderer:
 
     def _rendered(self, sample: Sample, data: dict[str, torch.Tensor], labels: torch.Tensor) -> Rendered:
         ids = data["input_ids"][0]
-        is_media = torch.isin(ids, self._media_ids)
+        is_media = torch.isin(ids, self.media_ids)
         labels[is_media] = IGNORED
         media = {name: value for name, value in data.items() if name not in _TEXT_KEYS}
         count = int(is_media.sum())
@@ -309,10 +313,10 @@ class Renderer:
             low, high = (low, middle - 1) if excess(_capped(turns, middle)) else (middle, high)
         return _capped(turns, low)
 
-    def _length(self, sample: Sample) -> int:
+    def _sizes(self, sample: Sample) -> tuple[int, int]:
         _only_pictures(sample.media)
-        sizes = [image_size(ref, max_pixels=self.max_image_pixels) for ref in sample.media]
-        return len(self._plain(self.text(sample.turns))[0]) + sum(map(self._gain, sizes))
+        gained = sum(self._gain(image_size(ref, max_pixels=self.max_image_pixels)) for ref in sample.media)
+        return len(self._plain(self.text(sample.turns))[0]) + gained, gained + len(sample.media)
 
     def _gain(self, size: Size) -> int:
         """Tokens that a picture of some size adds to its one placeholder."""
