@@ -44,7 +44,7 @@ def memory_errors(step: int, ids: Sequence[str]) -> Iterator[None]:
 
 
 class StopSignals:
-    """While open, the first SIGTERM or SIGINT asks for a stop after the current step; the second ends at once."""
+    """While open, the first SIGTERM, SIGINT or SIGUSR1 asks for a stop after the current step; the second ends at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -52,7 +52,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         try:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 self._before[number] = signal.signal(number, self._handle)
         except ValueError:
             # Only the main thread may set handlers; elsewhere the caller's own handling stays in force.

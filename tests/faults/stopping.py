@@ -1,0 +1,205 @@
+"""F1, F2, F7: stopped, killed or told to stop at any moment, a run resumes to the same bytes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.faults.trial import (
+    SAVE_EVERY,
+    STEPS,
+    Fault,
+    Tally,
+    at_step,
+    completed,
+    digest,
+    expect,
+    finish,
+    ledger,
+    newest,
+    recipe,
+    run_of,
+    same,
+    start,
+    train,
+    wait,
+)
+
+
+def settings() -> list[dict[str, Any]]:
+    """Workers x accumulation, and packing where the recipe knows it."""
+    from mmft.recipe.schema import TrainSection
+
+    found = []
+    packs: list[Any] = [False, True] if "packing" in TrainSection.model_fields else [None]
+    for workers, accumulation, packing in itertools.product((0, 2), (1, 3), packs):
+        values: dict[str, Any] = {"train.dataloader_num_workers": workers, "train.effective_batch_size": 2 * accumulation}
+        if packing is not None:
+            values["train.packing"] = packing
+        found.append(values)
+    return found
+
+
+def stop_anywhere(tally: Tally, count: int) -> None:
+    """F1: SIGTERM after every step in every setting, then `--resume`."""
+    kinds = settings()
+    pairs = [(step, kind) for step in range(1, STEPS) for kind in range(len(kinds))]
+    if count < len(pairs):
+        pairs = sorted(tally.draw.sample(pairs, count))
+    wanted = {kind: completed(tally, f"whole-{kind}", recipe(tally, kinds[kind])) for kind in {kind for _, kind in pairs}}
+    for step, kind in pairs:
+        with tally.trial(f"step {step}, {kinds[kind]}"):
+            values, place = recipe(tally, kinds[kind]), tally.place("run")
+            stop = at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            code = finish(train(values, place, prepare=stop), place / "log")
+            expect(code == 143, f"exit {code}: {(place / 'log').read_text()[-500:]}")
+            expect(newest(run_of(place)) == step, f"the newest checkpoint is of step {newest(run_of(place))}")
+            code = finish(train(values, place, resume=True), place / "log")
+            expect(code == 0, f"exit {code} on resuming: {(place / 'log').read_text()[-500:]}")
+            same(digest(run_of(place)), wanted[kind])
+    tally.notes.append("packing off and on" if any("train.packing" in kind for kind in kinds) else "no packing yet")
+    tally.measure(0 if tally.survived == tally.tried else 1)
+
+
+def slow_disk() -> None:
+    """Every fsync takes 10 ms more: the window of a save becomes as long as the steps between."""
+    inner = os.fsync
+
+    def fsync(handle: int) -> None:
+        time.sleep(0.01)
+        inner(handle)
+
+    os.fsync = fsync
+
+
+def _until_saving(pid: int, run: Path, wait_for: int) -> None:
+    """Return while the `wait_for`-th save from now on is being written (or when the process has ended)."""
+    seen: set[str] = set()
+    while len(seen) < wait_for and Path(f"/proc/{pid}/status").exists():
+        if b"\nState:\tZ" in (status := _status(pid)) or not status:
+            return
+        seen |= {path.name for path in run.glob("checkpoints/.step-*.tmp")}
+        time.sleep(0.0005)
+
+
+def _status(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/status").read_bytes()
+    except OSError:
+        return b""
+
+
+def kill_anywhere(tally: Tally, count: int) -> None:
+    """F2: SIGKILL at uniform times and inside the save window; each chain of up to five kills ends in the same bytes."""
+    values = recipe(tally)
+    begin = time.monotonic()
+    wanted = completed(tally, "whole", values)
+    length, number, tally.unit = time.monotonic() - begin, 0, "steps lost"
+    aimed_total = -(-count * 3 // 10)
+    while tally.tried < count:
+        place, kills, number = tally.place("run"), 0, number + 1
+        failures: list[str] = []
+        ended = False
+        while kills < 5 and tally.tried + kills < count and not ended:
+            aimed = tally.tried + kills < aimed_total
+            landed = _one_kill(tally, values, place, resume=kills > 0 or number < 0, aimed=aimed, length=length)
+            if landed is None:
+                ended = True
+                continue
+            kills += 1
+            failures += landed
+        with tally.trial(f"chain {number} of {kills} kills", weight=kills):
+            code = finish(train(values, place, resume=True), place / "log")
+            expect(code == 0, f"exit {code} on resuming: {(place / 'log').read_text()[-500:]}")
+            same(digest(run_of(place)), wanted)
+            expect(not [path for path in run_of(place).rglob("*.tmp")], "temporary folders were left")
+            expect(not failures, "; ".join(failures))
+
+
+def _one_kill(
+    tally: Tally, values: dict[str, Any], place: Path, *, resume: bool, aimed: bool, length: float
+) -> list[str] | None:
+    """Kill one process of the run; what is wrong afterwards, None when the run was over before the kill."""
+    run = run_of(place)
+    before = newest(run)
+    pid = start(train(values, place, resume=resume, prepare=slow_disk if aimed else None), place / "log")
+    if aimed:
+        _until_saving(pid, run, tally.draw.randint(1, 3))
+        time.sleep(tally.draw.uniform(0, 0.08))
+    else:
+        time.sleep(tally.draw.uniform(0, length))
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    if wait(pid) != -signal.SIGKILL:
+        return None
+    after = newest(run)
+    lost = max((step for step, _, _ in ledger(run)), default=0) - after
+    tally.measure(max(lost, 0))
+    wrong = [] if lost <= SAVE_EVERY else [f"{lost} steps were lost"]
+    wrong += [f"the newest valid checkpoint went from {before} to {after}"] if after < before else []
+    begun = any(run.glob("checkpoints/step-*"))
+    return wrong + ([f"no valid checkpoint among {list(run.glob('checkpoints/*'))}"] if begun and not after else [])
+
+
+def told_to_stop(tally: Tally, count: int) -> None:
+    """F7: SIGTERM, SIGINT, SIGUSR1 at random times, during evaluations and saves too; a second signal ends at once."""
+    values = recipe(
+        tally,
+        {
+            "data.eval": [{"path": recipe(tally)["data"]["train"][0]["path"], "name": "held"}],
+            "train.eval_steps": 3,
+            "evaluate": {"models": ["adapter"], "max_new_tokens": 4, "bootstrap_samples": 100},
+        },
+    )
+    begin = time.monotonic()
+    wanted = completed(tally, "whole", values)
+    length, landed, attempt = time.monotonic() - begin, 0, 0
+    kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    while landed < count and attempt < 3 * count:
+        attempt += 1
+        number, place = kinds[landed % 3], tally.place("run")
+        pid = start(train(values, place, prepare=slow_disk), place / "log")
+        time.sleep(tally.draw.uniform(0.1, 0.95) * length)
+        sent = time.monotonic()
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+        twice = landed % 5 == 4
+        if twice:
+            time.sleep(0.05)
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
+        code = wait(pid)
+        spent = time.monotonic() - sent
+        if code == 0 and (run_of(place) / "report.json").exists():
+            continue  # the run was over before the signal
+        landed += 1
+        with tally.trial(f"{number.name} {'twice ' if twice else ''}in trial {landed}"):
+            tally.measure(spent)
+            log = (place / "log").read_text()
+            expect(code in (128 + number, -number), f"exit {code}: {log[-500:]}")
+            expect("Traceback" not in log, log[-800:])
+            if twice:
+                expect(spent < 2.0 or "stopped by signal" in log, f"{spent:.1f} s after the second signal")
+            elif "stopped by signal" in log:
+                stopped = max(step for step, _, _ in ledger(run_of(place)))
+                expect(newest(run_of(place)) == stopped, f"no checkpoint of step {stopped}, where it stopped")
+            code = finish(train(values, place, resume=True), place / "log")
+            expect(code == 0, f"exit {code} on resuming: {(place / 'log').read_text()[-500:]}")
+            same(digest(run_of(place)), wanted)
+
+
+FAULTS = (
+    Fault("F1", "stopped after any step, resumed", 276, 6, "", stop_anywhere),
+    Fault("F2", "kill -9 at any moment, 3 of 10 inside a save", 200, 6, "steps lost", kill_anywhere),
+    Fault("F7", "SIGTERM, SIGINT, SIGUSR1 at any moment", 60, 5, "s to the end", told_to_stop),
+)
