@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs
 
-.PHONY: demo test test-slow test-methods lint bench bench-merge bench-rl bench-fusion clean
+.PHONY: demo test test-slow test-methods test-faults test-mutants lint bench bench-merge bench-rl bench-fusion clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/bin/python:
@@ -38,6 +38,12 @@ test-methods: $(VENV)/.test  ## every adapter method on seven families, one tabl
 
 test-families: $(VENV)/.test  ## the proof of every model family of transformers (FAMILIES_JSON=file for the rows)
 	$(BIN)/python -m tests.families $(if $(FAMILIES_JSON),--json $(FAMILIES_JSON))
+
+test-faults: $(VENV)/.test  ## kills, full disks, rot, hostile files at full count, a row each, then a mutant each (FAULTS_JSON=file)
+	$(BIN)/python -m tests.faults --jobs 2 $(if $(FAULTS_JSON),--json $(FAULTS_JSON))
+
+test-mutants: $(VENV)/.test  ## one-line breaks of mmft, each of which must make its fault's reduced trials fail
+	$(BIN)/python -m tests.mutants
 
 bench: $(VENV)/.test  ## ratios against the plain path, measured in one run
 	$(BIN)/python tests/bench/bench.py

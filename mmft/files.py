@@ -197,9 +197,10 @@ def _disk_errors(path: Path, *, needed: int | None = None, only_full: bool = Fal
 
 
 @contextlib.contextmanager
-def atomic_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(final: Path, *, replace: bool = False, needed: int | None = None) -> Iterator[Path]:
     """Yield a temporary sibling of `final` that becomes `final`, with a manifest, when the block ends well.
 
+    `needed`: bytes it will hold, for the message when the disk is full.
     After an exception the temporary is removed and `final` is as before; after a kill it is found by `remove_stale`.
     Raises CheckpointError if `final` exists and `replace` is false, or if the disk is full.
     Price: one read of all bytes.
@@ -214,9 +215,9 @@ def atomic_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
         temporary.mkdir()
     _open_here.add(str(temporary.absolute()))
     try:
-        with _disk_errors(final, only_full=True):
+        with _disk_errors(final, only_full=True, needed=needed):
             yield temporary
-        with _disk_errors(final):
+        with _disk_errors(final, needed=needed):
             write_manifest(temporary)
             _refuse_existing(final, replace=replace)
             if final.exists():
@@ -319,7 +320,7 @@ def verify_folder(folder: Path) -> None:
         entries: dict[str, dict[str, Any]] = manifest["files"]
         expected = {str(name): _expected(entry) for name, entry in entries.items()}
         stated = str(manifest["digest"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{MANIFEST} cannot be read: {error}", where=str(path), do=do) from error
     problems = []
     actual = sha256_bytes(to_json(entries).encode())
@@ -337,7 +338,11 @@ def verify_folder(folder: Path) -> None:
         if name not in files:
             problems.append(Problem(f"{name} is missing: expected {kind} {want}", where, None, do))
             continue
-        size, digest = files[name].stat().st_size, digest_file(files[name], DIGESTS[kind]())
+        try:
+            size, digest = files[name].stat().st_size, digest_file(files[name], DIGESTS[kind]())
+        except OSError as error:  # a bad sector, a network disk that is gone
+            problems.append(Problem(f"{name} cannot be read: {error}", where, None, do))
+            continue
         if (size, digest) != (want_size, want):
             text = f"{name} is damaged: expected {kind} {want} ({want_size:,} bytes), actual {digest} ({size:,} bytes)"
             problems.append(Problem(text, where, None, do))

@@ -43,7 +43,6 @@ from mmft.recipe.load import recipe_digest
 from mmft.recipe.schema import Recipe, TrainSection
 from mmft.runfolder import RunFolder, read_json, versions
 
-COLLECTIVE_TIMEOUT = timedelta(hours=6)  # ranks wait in a barrier while rank 0 evaluates
 SAMPLED_ROWS = 32  # rows that are rendered before training, to look at where their answers end
 
 
@@ -67,7 +66,7 @@ def make_accelerator(section: TrainSection) -> Accelerator:
         log_with=list(section.report_to) or None,
         project_dir=str(section.output_dir),
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=section.ddp_timeout)),
             DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
         ],
     )

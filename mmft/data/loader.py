@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -152,7 +153,12 @@ def _ahead(data: _MicroBatches, workers: int) -> Generator[Batch | MmftError | N
         multiprocessing_context="fork",
     )
     before = set(multiprocessing.active_children())
+    handler = signal.getsignal(signal.SIGCHLD)
     stream = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # torch's handler raises wherever this process happens to be, in a backward pass or a save; without it the next
+        # `next` tells of the lost worker.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
     children = set(multiprocessing.active_children()) - before
     lost: str | None = None
     try:

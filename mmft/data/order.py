@@ -5,7 +5,7 @@ Nothing here depends on the number of processes or workers, so a run resumes by 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -104,6 +104,11 @@ class StepPlan:
         """All (row, epoch) of a step over all ranks, in stream order."""
         start = step * self.rows_per_step
         return tuple(self.at(position) for position in range(start, start + self.rows_per_step))
+
+    def halved(self) -> StepPlan:
+        """The same steps in micro-batches of half the size (of one row, where it is odd)."""
+        parts = 2 if self.micro_batch % 2 == 0 else self.micro_batch
+        return replace(self, micro_batch=self.micro_batch // parts, micro_per_step=self.micro_per_step * parts)
 
     def micro_batches(self, step: int, rank: int) -> list[MicroBatch]:
         """The micro-batches of `step` that `rank` computes."""

@@ -23,6 +23,8 @@ from mmft.engine.state import TrainState
 from mmft.errors import CheckpointError
 from mmft.files import atomic_folder, require_free, verify_folder, write_json
 
+_SPARE = 2.2
+"""Free space that is asked for, in checkpoints: the new one beside the old one."""
 FOLDER = re.compile(r"step-(\d{6,})")
 
 
@@ -55,6 +57,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -
     return tensors
 
 
+def require_room(root: Path, trainable: dict[str, torch.nn.Parameter]) -> None:
+    """Raise CheckpointError before a run starts when the disk cannot take two checkpoints (2.2 times one: the weights
+    and AdamW's two moments in fp32)."""
+    one = sum(param.numel() * (param.element_size() + 8) for param in trainable.values())
+    require_free(root, int(_SPARE * one) + 65536, what=f"the run's checkpoints ({one:,} bytes each)")
+
+
 def save_checkpoint(
     root: Path,
     *,
@@ -72,19 +81,26 @@ def save_checkpoint(
     moments = optimizer_tensors(optimizer, {id(param): name for name, param in trainable.items()})
     needed = sum(t.numel() * t.element_size() for t in (*weights.values(), *moments.values()))
     root.mkdir(parents=True, exist_ok=True)
-    require_free(root, int(2.2 * needed) + 65536, what=f"the checkpoint of step {state.step}")
+    require_free(root, int(_SPARE * needed) + 65536, what=f"the checkpoint of step {state.step}")
     final = checkpoint_folder(root, state.step)
     if final.exists():
         # The same step was saved before (a resumed run repeats it): the old folder stays if it is whole.
         if _is_valid(final):
             return final
         shutil.rmtree(final)
-    with atomic_folder(final) as folder:
-        save_file(weights, folder / "trainable.safetensors")
-        save_file(moments, folder / "optimizer.safetensors")
-        write_json(folder / "state.json", {"state": state.to_json(), "identity": identity})
-    verify_folder(final)
-    _retain(root, keep=keep, best=state.best_step)
+    try:
+        with atomic_folder(final, needed=needed) as folder:
+            save_file(weights, folder / "trainable.safetensors")
+            save_file(moments, folder / "optimizer.safetensors")
+            write_json(folder / "state.json", {"state": state.to_json(), "identity": identity})
+        verify_folder(final)
+        _retain(root, keep=keep, best=state.best_step)
+    except (OSError, SafetensorError) as error:  # an error of the disk that is not "full"
+        raise CheckpointError(
+            f"the checkpoint of step {state.step} cannot be written: {error}",
+            where=str(root),
+            do="look after the disk (its log, its rights), then go on with --resume; what was whole is whole",
+        ) from error
     return final
 
 

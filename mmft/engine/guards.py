@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+
 from mmft.errors import MemoryLimitError, NonFiniteError
 
 
-def check_finite(*, step: int, loss: float, norm: float, ids: Sequence[str], folder: str) -> None:
-    """Raise NonFiniteError, naming the step's samples, unless loss and gradient norm are finite."""
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    what = f"loss {loss} and gradient norm {norm} at step {step}; the weights are those of the step before"
-    shown = ", ".join(ids[:8]) + (" …" if len(ids) > 8 else "")
-    raise NonFiniteError(
+def not_finite(what: str, ids: Sequence[str], *, folder: str) -> NonFiniteError:
+    """The error of a loss or gradient that is NaN or infinite; `ids` are the rows it may have come from."""
+    return NonFiniteError(
         what,
-        where=f"samples {shown}",
+        where=f"samples {_shown(ids)}",
         allowed="finite numbers",
         do=f"look at these rows with `mmft preview`, lower train.learning_rate, then go on with --resume ({folder})",
     )
 
 
+def _shown(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+
+
+def everywhere(ids: Sequence[str]) -> list[str]:
+    """The ids of all ranks, in the order of the ranks; every rank must call it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return list(ids)
+    found: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(found, list(ids))
+    return [name for one in found for name in one]
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Whether the device or the host had no memory left."""
+    text = str(error).lower()
+    told = "out of memory" in text or "can't allocate memory" in text
+    return isinstance(error, MemoryError | MemoryLimitError) or (isinstance(error, RuntimeError) and told)
+
+
 @contextmanager
-def memory_errors(step: int, ids: Sequence[str]) -> Iterator[None]:
+def memory_errors(where: str, ids: Sequence[str]) -> Iterator[None]:
     """Turn an out-of-memory error of the device or the host into a MemoryLimitError that names the samples."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        text = str(error).lower()
-        if not isinstance(error, MemoryError) and "out of memory" not in text and "can't allocate memory" not in text:
+        if not is_memory_error(error):
             raise
         raise MemoryLimitError(
-            f"out of memory at step {step}: {str(error).splitlines()[0] if str(error) else 'the host refused'}",
+            f"out of memory at {where}: {str(error).splitlines()[0] if str(error) else 'the host refused'}",
             where=f"samples {', '.join(ids[:8])}",
             do="halve train.per_device_train_batch_size with train.effective_batch_size fixed, or set "
             "train.gradient_checkpointing: true, then go on with --resume",
@@ -44,7 +60,7 @@ def memory_errors(step: int, ids: Sequence[str]) -> Iterator[None]:
 
 
 class StopSignals:
-    """While open, the first SIGTERM, SIGINT or SIGUSR1 asks for a stop after the current step; the second ends at once."""
+    """While open, the first SIGTERM, SIGINT or SIGUSR1 asks for a stop after the current step; the second ends now."""
 
     def __init__(self) -> None:
         self.received: int | None = None

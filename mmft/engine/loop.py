@@ -8,10 +8,11 @@ the number of processes changes a number, and stops before an update that is not
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +20,27 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from mmft.adapters.build import Adapted, set_modes
+from mmft.adapters.build import set_modes
 from mmft.data.collate import Batch
-from mmft.data.loader import RowRenderer, assemble, batches
+from mmft.data.loader import batches
 from mmft.data.order import StepPlan
 from mmft.data.sample import Sample
 from mmft.engine.callbacks import Callback
-from mmft.engine.checkpoint import checkpoint_folder, load_checkpoint, newest_valid, save_checkpoint
-from mmft.engine.guards import StopSignals, check_finite, memory_errors
+from mmft.engine.checkpoint import checkpoint_folder, load_checkpoint, newest_valid, require_room, save_checkpoint
+from mmft.engine.guards import StopSignals, everywhere, memory_errors, not_finite
+from mmft.engine.heldout import mean_loss
+from mmft.engine.job import TrainJob
 from mmft.engine.memory import checkpoint_layers
 from mmft.engine.optim import Masters, build_optimizer, lr_scale, set_learning_rate
 from mmft.engine.state import TrainState
-from mmft.errors import CheckpointError
+from mmft.errors import CheckpointError, MemoryLimitError
 from mmft.journal import Journal
-from mmft.objectives.base import Objective, StepContext, StepObjective
-from mmft.recipe.schema import TrainSection
+from mmft.objectives.base import StepContext, StepObjective
 from mmft.seeds import fold
 
-
-@dataclass(frozen=True)
-class TrainJob:
-    """All that the loop is given. `identity` names what a resumed run must have in common with this one; `prepare` is
-    what a batch on the device goes through last."""
-
-    adapted: Adapted
-    objective: Objective
-    samples: Sequence[Sample]
-    eval_samples: Sequence[Sample]
-    renderer: RowRenderer
-    plan: StepPlan
-    total_steps: int
-    eval_batch_size: int
-    section: TrainSection
-    folder: Path
-    identity: dict[str, Any]
-    prepare: Callable[[Batch], Batch] = lambda batch: batch
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.folder / "checkpoints"
+__all__ = ["Engine", "TrainJob"]
+_MOST_HALVINGS = 5
+"""Times a run's micro-batches are made smaller before it gives up."""
 
 
 class Engine:
@@ -109,19 +91,14 @@ class Engine:
         if resume:
             self._restore()
         job, state = self.job, self.state
+        if self.accelerator.is_main_process:
+            require_room(job.checkpoints, self.params)
         for callback in self.callbacks:
             callback.on_start(state, job.total_steps)
         try:
             with StopSignals() as signals:
-                for micros in self._steps():
-                    self._one_step(micros)
-                    self._after_step()
-                    if self._any_signal(signals):
-                        self.save()
-                        state.stopped = f"signal {signals.received or 0}"
-                        break
-                    if state.stopped:
-                        break
+                while not self._train(signals):
+                    pass
             if not (state.stopped or "").startswith("signal"):
                 self._finish()
         finally:
@@ -129,13 +106,56 @@ class Engine:
                 callback.on_end(state)
         return state
 
+    def _train(self, signals: StopSignals) -> bool:
+        """All steps that are left, or up to a stop; False when the memory ran out and the micro-batches are smaller
+        from here on: a step is repeated with the same rows, weights and divisor, as a run of that size computes it."""
+        state = self.state
+        try:
+            for micros in self._steps():
+                self._one_step(micros)
+                self._after_step()
+                if self._any_signal(signals):
+                    self.save()
+                    state.stopped = f"signal {signals.received or 0}"
+                if state.stopped:
+                    break
+        except MemoryLimitError as error:
+            if not self._make_smaller(error):
+                raise
+            return False
+        return True
+
+    def _make_smaller(self, error: MemoryLimitError) -> bool:
+        """Whether the micro-batches could be halved. Not where ranks wait for each other in the backward pass, nor for
+        objectives that make a step's gradients themselves."""
+        plan, state = self._plan(), self.state
+        if self._world > 1 or isinstance(self.job.objective, StepObjective) or state.halvings >= _MOST_HALVINGS:
+            return False
+        if plan.micro_batch == 1 or not isinstance(self.job.plan, StepPlan):
+            return False
+        state.halvings += 1
+        self.job.adapted.model.zero_grad(set_to_none=True)
+        smaller = self._plan()
+        problem = error.problems[0]
+        self.journal.warn(
+            f"{problem.what} ({problem.where}): on with micro-batches of {smaller.micro_batch} instead of "
+            f"{plan.micro_batch}, {plan.rows_per_step} rows per step as before"
+        )
+        return True
+
+    def _plan(self) -> StepPlan:
+        plan = self.job.plan
+        for _ in range(self.state.halvings):
+            plan = plan.halved()
+        return plan
+
     def _steps(self) -> Iterator[list[Batch]]:
         if self.state.stopped:  # a run that had stopped early is resumed: there is nothing left to train
             return iter(())
         return batches(
             self.job.samples,
             self.job.renderer,
-            self.job.plan,
+            self._plan(),
             start_step=self.state.step,
             stop_step=self.job.total_steps,
             rank=self.accelerator.process_index,
@@ -179,6 +199,7 @@ class Engine:
             "grad_norm": norm,
             "samples_per_second": rows_all / max(time.monotonic() - begin, 1e-9),
             "supervised_tokens": count,
+            **({"skipped_steps": state.skipped} if state.skipped else {}),
         }
         for callback in self.callbacks:
             callback.on_step(state, metrics)
@@ -187,14 +208,16 @@ class Engine:
         """Gradients and one update of the weights: the loss, the gradients' norm, the sums that are shown."""
         job, section, step = self.job, self.job.section, self.state.step + 1
         ids = [name for batch in micros for name in batch.ids]
-        with memory_errors(step, ids):
+        with memory_errors(f"step {step}", ids):
             sums = self._backward(micros, count, update)
         self.masters.take_gradients()
         norm = float(torch.nn.utils.clip_grad_norm_(self.params.values(), section.max_grad_norm or float("inf")))
         logged = sorted({name for pair in job.objective.metrics.values() for name in pair} - {"count"})
         loss_sum, *found = self._reduce([sums["loss"], *(sums.get(name, 0.0) for name in logged)])
         loss = loss_sum / max(count, 1)
-        check_finite(step=step, loss=loss, norm=norm, ids=ids, folder=str(job.folder))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._skip(loss, norm, ids)
+            return loss, norm, {**dict(zip(logged, found, strict=True)), "count": count}
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if isinstance(job.objective, StepObjective):
@@ -202,8 +225,24 @@ class Engine:
         self.masters.give_weights()
         return loss, norm, {**dict(zip(logged, found, strict=True)), "count": count}
 
+    def _skip(self, loss: float, norm: float, ids: Sequence[str]) -> None:
+        """Count a step without an update; NonFiniteError when the recipe allows no more of them."""
+        self.state.skipped += 1
+        step = self.state.step + 1
+        error = not_finite(
+            f"loss {loss} and gradient norm {norm} at step {step}; the weights are those of the step before",
+            everywhere(self._suspects) or everywhere(ids),
+            folder=str(self.job.folder),
+        )
+        if self.state.skipped > self.job.section.skip_nonfinite_steps:
+            raise error
+        self.optimizer.zero_grad(set_to_none=True)
+        self.job.adapted.model.zero_grad(set_to_none=True)
+        self.journal.warn(f"skipped: {error.problems[0].what} ({error.problems[0].where})")
+
     def _backward(self, micros: Sequence[Batch], count: float, update: int) -> dict[str, float]:
         sums: dict[str, float] = {}
+        self._suspects: list[str] = []
         rank, world = self.accelerator.process_index, self._world
         seeds = [
             fold(self.job.section.seed, "dropout", self.state.step, local * world + rank)
@@ -222,7 +261,10 @@ class Engine:
                     loss = self.job.objective.loss(self.model, self._placed(batch))
                 # The wrapper averages gradients over ranks; the sum is wanted, divided once by the step's count.
                 self.accelerator.backward(loss.sum * (self._world / max(count, 1)))
-            sums["loss"] = sums.get("loss", 0.0) + float(loss.sum.detach())
+            found = float(loss.sum.detach())
+            sums["loss"] = sums.get("loss", 0.0) + found
+            if not math.isfinite(found):
+                self._suspects += batch.ids
             for key, value in loss.logs.items():
                 sums[key] = sums.get(key, 0.0) + float(value)
         return sums
@@ -270,30 +312,18 @@ class Engine:
         return self._evaluated(samples)[0]
 
     def _evaluated(self, samples: Sequence[Sample]) -> tuple[float, dict[str, float]]:
-        """The mean loss, and as `eval_NAME` those of the objective's metrics whose sums its `loss` gave."""
-        sums: dict[str, float] = {"loss": 0.0, "count": 0.0}
-        size, world, rank = self.job.eval_batch_size, self._world, self.accelerator.process_index
-        model, metrics = self.job.adapted.model, self.job.objective.metrics
-        model.eval()
+        """The mean loss, and as `eval_NAME` the objective's further metrics. Raises NonFiniteError naming rows."""
+        self.job.adapted.model.eval()
         with torch.no_grad(), self._autocast():
-            for start in range(rank * size, len(samples), size * world):
-                rows = [(sample, 0) for sample in samples[start : start + size]]
-                batch = assemble(self.job.renderer, rows, pad_token_id=self.pad)
-                loss = self.job.objective.loss(model, self._placed(batch))
-                sums["count"] += loss.count
-                for name, value in {**loss.logs, "loss": loss.sum}.items():
-                    sums[name] = sums.get(name, 0.0) + float(value)
+            loss, further, bad = mean_loss(
+                self.job, samples, pad=self.pad, place=self._placed, reduce=self._reduce, accelerator=self.accelerator
+            )
         self._training_mode()
-        names = sorted({"loss", "count"} | {name for pair in metrics.values() for name in pair})
-        known = self._reduce([float(name in sums) for name in names])  # a rank without rows has no sums
-        found = dict(zip(names, self._reduce([sums.get(name, 0.0) for name in names]), strict=True))
-        there = {name for name, ranks in zip(names, known, strict=True) if ranks}
-        further = {
-            f"eval_{name}": found[part] / (found[over] or 1.0)
-            for name, (part, over) in metrics.items()
-            if {part, over} <= there
-        }
-        return found["loss"] / max(found["count"], 1), further
+        if not math.isfinite(loss):
+            raise not_finite(
+                f"eval loss {loss} at step {self.state.step}", everywhere(bad), folder=str(self.job.folder)
+            )
+        return loss, further
 
     def save(self) -> None:
         """Checkpoint of the current step, written by rank 0 while the others wait."""

@@ -8,7 +8,8 @@ from typing import Any
 
 @dataclass(slots=True)
 class TrainState:
-    """Counters that a checkpoint stores. `step` is the number of finished optimizer steps."""
+    """Counters that a checkpoint stores. `step` is the number of finished optimizer steps, of which `skipped` made no
+    update; micro-batches were made smaller `halvings` times."""
 
     step: int = 0
     samples_consumed: int = 0
@@ -17,6 +18,8 @@ class TrainState:
     best_step: int | None = None
     evaluations_without_gain: int = 0
     stopped: str | None = None
+    skipped: int = 0
+    halvings: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `state.json`."""
@@ -24,5 +27,5 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainState:
-        """The state a checkpoint held; an unknown or missing key raises TypeError."""
+        """The state a checkpoint held; an unknown key raises TypeError."""
         return cls(**values)

@@ -22,6 +22,7 @@ COSMETIC = (
     "train.save_steps",
     "train.save_total_limit",
     "train.dataloader_num_workers",
+    "train.ddp_timeout",
     "train.fast",
     "evaluate",
     "export",

@@ -258,6 +258,9 @@ class TrainSection(Section):
     """AdamW's epsilon."""
     max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
     """Gradients are clipped to this norm; 0 switches it off."""
+    skip_nonfinite_steps: Count = 0
+    """Steps with a NaN or infinite loss or gradient that are left out (counted, their rows named) before the run stops;
+    0: the first one stops it."""
     bf16: bool = True
     """Products in bfloat16 (autocast)."""
     gradient_checkpointing: bool = False
@@ -279,6 +282,8 @@ class TrainSection(Section):
     with the reason); false: none of them, a list: these alone."""
     dataloader_num_workers: Count = 0
     """Processes that open and render rows."""
+    ddp_timeout: Positive = 21600
+    """Seconds that a process waits for the others before the run ends; evaluation by the first one takes its time."""
     report_to: tuple[str, ...] = ()
     """`tensorboard`, `wandb`, … by accelerate's names; metrics.jsonl is always written."""
 

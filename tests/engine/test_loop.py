@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,6 +149,63 @@ def test_non_finite_loss_stops_before_the_update(place: Path) -> None:
     assert all(torch.equal(value.nan_to_num(), now[name].nan_to_num()) for name, value in before.items())
 
 
+class _PoisonedLoss:
+    """An objective whose loss is NaN in chosen forwards (counted over training and evaluation)."""
+
+    def __init__(self, inner: Any, forwards: tuple[int, ...]) -> None:
+        self.inner, self.forwards, self.seen = inner, forwards, 0
+        self.metrics = inner.metrics
+
+    def count(self, batch: Any) -> float:
+        return self.inner.count(batch)
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        found = self.inner.loss(model, batch)
+        self.seen += 1
+        return replace(found, sum=found.sum * float("nan")) if self.seen in self.forwards else found
+
+
+def _poisoned(engine: Engine, *forwards: int) -> None:
+    engine.job = replace(engine.job, objective=_PoisonedLoss(engine.job.objective, forwards))
+
+
+def test_steps_that_are_not_finite_are_left_out_as_often_as_allowed(place: Path) -> None:
+    engine, _ = make_engine(place, run="skips", per_step=4, skip_nonfinite_steps=2)
+    _poisoned(engine, 3, 7)  # one micro-batch of four in steps 1 and 2
+    before = weights(engine)
+
+    class Look(Record):
+        def on_step(self, state, metrics) -> None:
+            super().on_step(state, metrics)
+            if state.step == 2:
+                assert same(weights(engine), before)
+
+    record = Look()
+    engine.callbacks = (record,)
+    state = engine.fit(resume=False)
+    assert state.step == STEPS and state.skipped == 2 and state.samples_consumed == STEPS * 8
+    assert [metrics.get("skipped_steps") for metrics in record.metrics] == [1, 2, 2, 2, 2, 2]
+    assert not same(weights(engine), before)
+    assert all(torch.isfinite(value).all() for value in weights(engine).values())
+
+
+def test_one_step_more_than_allowed_stops_and_names_its_micro_batch(place: Path) -> None:
+    engine, _ = make_engine(place, run="skips-3", per_step=4, skip_nonfinite_steps=2)
+    _poisoned(engine, 1, 5, 10)
+    with pytest.raises(NonFiniteError, match="at step 3") as caught:
+        engine.fit(resume=False)
+    named = str(caught.value).split("samples ")[1].splitlines()[0].split(", ")
+    assert named == [engine.job.samples[row].id for row, _ in engine.job.plan.micro_batch_at(2, 1).rows]
+
+
+def test_a_held_out_loss_that_is_not_finite_stops(place: Path) -> None:
+    engine, _ = make_engine(place, run="eval-nan", eval_rows=4, eval_steps=1)
+    _poisoned(engine, 4)  # two forwards of step 1, then the second of two of the evaluation
+    with pytest.raises(NonFiniteError, match="eval loss nan at step 1") as caught:
+        engine.fit(resume=False)
+    assert "samples " + ", ".join(sample.id for sample in engine.job.eval_samples[2:4]) in str(caught.value)
+
+
 def test_evaluation_in_the_middle_changes_nothing(place: Path, whole: dict[str, torch.Tensor]) -> None:
     record = Record()
     engine, _ = make_engine(place, run="eval", eval_rows=5, eval_steps=2, callbacks=(record,))
@@ -192,6 +251,47 @@ def test_batch_norm_tower_keeps_its_statistics(place: Path) -> None:
     assert before
     engine.fit(resume=False)
     assert all(torch.equal(value, dict(adapted.model.named_buffers())[name]) for name, value in before.items())
+
+
+def _small_memory(adapted: Any, most: int) -> Any:
+    """Forwards of more than `most` rows find no memory."""
+
+    def refuse(_: object, args: tuple[torch.Tensor, ...]) -> None:
+        if len(args[0]) > most:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    return adapted.backbone.model.get_output_embeddings().register_forward_pre_hook(refuse)
+
+
+def test_out_of_memory_goes_on_with_smaller_micro_batches(place: Path) -> None:
+    small, _ = make_engine(place, run="small", micro=1, per_step=8)
+    small.fit(resume=False)
+    record = Record()
+    engine, adapted = make_engine(place, run="shrinks", micro=4, per_step=2, eval_rows=5, callbacks=(record,))
+    engine.job = replace(engine.job, eval_batch_size=5)
+    handle = _small_memory(adapted, 1)
+    state = engine.fit(resume=False)
+    assert state.halvings == 2 and state.samples_consumed == STEPS * 8 and len(record.metrics) == STEPS
+    assert same(weights(engine), weights(small))
+    handle.remove()
+    assert record.evaluations == [pytest.approx(engine.evaluate_loss(engine.job.eval_samples), rel=1e-6)]
+
+
+def test_smaller_micro_batches_are_resumed(place: Path) -> None:
+    whole = None
+    for stop in (-1, 3):
+        engine, adapted = make_engine(place, run=f"shrunk{stop}", micro=4, per_step=1, callbacks=(StopAt(stop),))
+        handle = _small_memory(adapted, 2)
+        if stop > 0:
+            with pytest.raises(KeyboardInterrupt):
+                engine.fit(resume=False)
+            handle.remove()
+            engine, _ = make_engine(place, run=f"shrunk{stop}", micro=4, per_step=1)
+            assert engine.fit(resume=True).halvings == 1
+        else:
+            engine.fit(resume=False)
+            whole = weights(engine)
+    assert whole is not None and same(weights(engine), whole)
 
 
 def test_out_of_memory_names_the_samples_and_the_remedy(place: Path) -> None:

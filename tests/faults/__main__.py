@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -16,11 +17,16 @@ from typing import Any
 from tests.faults.trial import Fault, Tally
 
 
+def families() -> tuple[Any, ...]:
+    """The modules that hold faults."""
+    from tests.faults import numbers, ranks, saving, soak, stopping, workers
+
+    return (stopping, saving, numbers, ranks, workers, soak)
+
+
 def all_faults() -> list[Fault]:
     """Every fault, in the order of its number."""
-    from tests.faults import stopping
-
-    found = [fault for family in (stopping,) for fault in family.FAULTS]
+    found = [fault for family in families() for fault in family.FAULTS]
     return sorted(found, key=lambda fault: int(fault.name[1:]))
 
 
@@ -133,7 +139,11 @@ def main() -> int:
     if given.json:
         Path(given.json).write_text(json.dumps({"faults": rows}, indent=1) + "\n")
     sys.stdout.write(f"{len(rows) - len(red)} of {len(rows)} faults survived\n")
-    return 1 if red else 0
+    missed = 0
+    if not given.no_mutants:
+        words = [sys.executable, "-m", "tests.mutants", *(["--only", given.only] if given.only else [])]
+        missed = subprocess.run(words, check=False).returncode
+    return 1 if red or missed else 0
 
 
 if __name__ == "__main__":

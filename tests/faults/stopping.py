@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -37,7 +38,10 @@ def settings() -> list[dict[str, Any]]:
     found = []
     packs: list[Any] = [False, True] if "packing" in TrainSection.model_fields else [None]
     for workers, accumulation, packing in itertools.product((0, 2), (1, 3), packs):
-        values: dict[str, Any] = {"train.dataloader_num_workers": workers, "train.effective_batch_size": 2 * accumulation}
+        values: dict[str, Any] = {
+            "train.dataloader_num_workers": workers,
+            "train.effective_batch_size": 2 * accumulation,
+        }
         if packing is not None:
             values["train.packing"] = packing
         found.append(values)
@@ -50,7 +54,9 @@ def stop_anywhere(tally: Tally, count: int) -> None:
     pairs = [(step, kind) for step in range(1, STEPS) for kind in range(len(kinds))]
     if count < len(pairs):
         pairs = sorted(tally.draw.sample(pairs, count))
-    wanted = {kind: completed(tally, f"whole-{kind}", recipe(tally, kinds[kind])) for kind in {kind for _, kind in pairs}}
+    wanted = {
+        kind: completed(tally, f"whole-{kind}", recipe(tally, kinds[kind])) for kind in {kind for _, kind in pairs}
+    }
     for step, kind in pairs:
         with tally.trial(f"step {step}, {kinds[kind]}"):
             values, place = recipe(tally, kinds[kind]), tally.place("run")
@@ -94,7 +100,7 @@ def _status(pid: int) -> bytes:
 
 
 def kill_anywhere(tally: Tally, count: int) -> None:
-    """F2: SIGKILL at uniform times and inside the save window; each chain of up to five kills ends in the same bytes."""
+    """F2: SIGKILL at uniform times and inside a save; each chain of up to five kills ends in the same bytes."""
     values = recipe(tally)
     begin = time.monotonic()
     wanted = completed(tally, "whole", values)
@@ -132,10 +138,8 @@ def _one_kill(
         time.sleep(tally.draw.uniform(0, 0.08))
     else:
         time.sleep(tally.draw.uniform(0, length))
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     if wait(pid) != -signal.SIGKILL:
         return None
     after = newest(run)
@@ -166,18 +170,14 @@ def told_to_stop(tally: Tally, count: int) -> None:
         number, place = kinds[landed % 3], tally.place("run")
         pid = start(train(values, place, prepare=slow_disk), place / "log")
         time.sleep(tally.draw.uniform(0.1, 0.95) * length)
-        sent = time.monotonic()
-        try:
+        sent, training = time.monotonic(), 0 < len(ledger(run_of(place))) < STEPS - 1
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-        except ProcessLookupError:
-            pass
         twice = landed % 5 == 4
         if twice:
             time.sleep(0.05)
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-            except ProcessLookupError:
-                pass
         code = wait(pid)
         spent = time.monotonic() - sent
         if code == 0 and (run_of(place) / "report.json").exists():
@@ -187,6 +187,7 @@ def told_to_stop(tally: Tally, count: int) -> None:
             tally.measure(spent)
             log = (place / "log").read_text()
             expect(code in (128 + number, -number), f"exit {code}: {log[-500:]}")
+            expect(code > 0 or not training, f"{number.name} between steps ended the run without a checkpoint")
             expect("Traceback" not in log, log[-800:])
             if twice:
                 expect(spent < 2.0 or "stopped by signal" in log, f"{spent:.1f} s after the second signal")
@@ -202,4 +203,19 @@ FAULTS = (
     Fault("F1", "stopped after any step, resumed", 276, 6, "", stop_anywhere),
     Fault("F2", "kill -9 at any moment, 3 of 10 inside a save", 200, 6, "steps lost", kill_anywhere),
     Fault("F7", "SIGTERM, SIGINT, SIGUSR1 at any moment", 60, 5, "s to the end", told_to_stop),
+)
+MUTANTS = (
+    ("F1", "mmft/engine/loop.py", "torch.manual_seed(seeds[local])", "pass"),
+    (
+        "F2",
+        "mmft/engine/checkpoint.py",
+        "    root.mkdir(parents=True, exist_ok=True)\n",
+        "    root.mkdir(parents=True, exist_ok=True)\n    [shutil.rmtree(one) for one in list_checkpoints(root)]\n",
+    ),
+    (
+        "F7",
+        "mmft/engine/loop.py",
+        "self.save()\n                    state.stopped",
+        "state.stopped",
+    ),
 )

@@ -1,0 +1,69 @@
+"""The mean loss of held-out rows, rank by rank and batch by batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from accelerate import Accelerator
+
+from mmft.data.collate import Batch
+from mmft.data.loader import assemble
+from mmft.data.sample import Sample
+from mmft.engine.guards import is_memory_error, memory_errors
+from mmft.engine.job import TrainJob
+from mmft.objectives.base import Loss
+
+
+def mean_loss(
+    job: TrainJob,
+    samples: Sequence[Sample],
+    *,
+    pad: int,
+    place: Callable[[Batch], Batch],
+    reduce: Callable[[Sequence[float]], list[float]],
+    accelerator: Accelerator,
+) -> tuple[float, dict[str, float], list[str]]:
+    """Mean loss over all supervised positions, as `eval_NAME` the metrics whose sums the objective's loss gave, and the
+    ids of this rank's batches whose loss is not finite."""
+    sums: dict[str, float] = {"loss": 0.0, "count": 0.0}
+    bad: list[str] = []
+    size, world, rank = job.eval_batch_size, accelerator.num_processes, accelerator.process_index
+    for start in range(rank * size, len(samples), size * world):
+        for ids, loss in _losses(job, samples[start : start + size], pad=pad, place=place):
+            sums["count"] += loss.count
+            for name, value in {**loss.logs, "loss": loss.sum}.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+            if not math.isfinite(float(loss.sum)):
+                bad += ids
+    metrics = job.objective.metrics
+    names = sorted({"loss", "count"} | {name for pair in metrics.values() for name in pair})
+    known = reduce([float(name in sums) for name in names])  # a rank without rows has no sums
+    found = dict(zip(names, reduce([sums.get(name, 0.0) for name in names]), strict=True))
+    there = {name for name, ranks in zip(names, known, strict=True) if ranks}
+    further = {
+        f"eval_{name}": found[part] / (found[over] or 1.0)
+        for name, (part, over) in metrics.items()
+        if {part, over} <= there
+    }
+    return found["loss"] / max(found["count"], 1), further, bad
+
+
+def _losses(
+    job: TrainJob, rows: Sequence[Sample], *, pad: int, place: Callable[[Batch], Batch]
+) -> Iterator[tuple[tuple[str, ...], Loss]]:
+    """The loss of the rows in one forward; in two halves where the memory does not hold them."""
+    batch = assemble(job.renderer, [(sample, 0) for sample in rows], pad_token_id=pad)
+    loss = None
+    try:
+        with memory_errors("an evaluation", batch.ids):
+            loss = job.objective.loss(job.adapted.model, place(batch))
+    except Exception as error:
+        if len(rows) == 1 or not is_memory_error(error):
+            raise
+    if loss is not None:
+        yield batch.ids, loss
+        return
+    half = -(-len(rows) // 2)
+    for part in (rows[:half], rows[half:]):
+        yield from _losses(job, part, pad=pad, place=place)

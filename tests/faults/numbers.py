@@ -1,0 +1,261 @@
+"""F8 and F16: numbers that are not finite, memory that runs out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.faults.trial import (
+    STEPS,
+    Fault,
+    Tally,
+    digest,
+    expect,
+    finish,
+    ledger,
+    newest,
+    recipe,
+    run_of,
+    same,
+    train,
+)
+
+
+def _every_loss(change: Callable[[Any, Any, int, bool], Any]) -> Callable[[], None]:
+    """A `prepare` after which each loss goes through `change(loss, batch, forward, is it training)`."""
+
+    def prepare() -> None:
+        import torch
+
+        from mmft.objectives.sft import SftObjective
+
+        inner, seen = SftObjective.loss, {True: 0, False: 0}
+
+        def loss(self: Any, model: Any, batch: Any) -> Any:
+            training = torch.is_grad_enabled()
+            seen[training] += 1
+            return change(lambda: inner(self, model, batch), batch, seen[training], training)
+
+        SftObjective.loss = loss  # type: ignore[method-assign]
+
+    return prepare
+
+
+def nan_in_forwards(*forwards: int, training: bool = True) -> Callable[[], None]:
+    """A `prepare`: the loss of these forwards (from 1) is NaN."""
+    from dataclasses import replace
+
+    def change(made: Any, batch: Any, forward: int, is_training: bool) -> Any:
+        found = made()
+        return (
+            replace(found, sum=found.sum * float("nan")) if is_training == training and forward in forwards else found
+        )
+
+    return _every_loss(change)
+
+
+def nan_in_a_gradient(step: int) -> Callable[[], None]:
+    """A `prepare`: one value of one gradient tensor is infinite in this step, the loss is finite."""
+
+    def prepare() -> None:
+        from mmft.engine.optim import Masters
+
+        inner, seen = Masters.take_gradients, [0]
+
+        def take(self: Any) -> None:
+            inner(self)
+            seen[0] += 1
+            if seen[0] == step:
+                sorted(self.weights.items())[0][1].grad.view(-1)[0] = float("inf")
+
+        Masters.take_gradients = take  # type: ignore[method-assign]
+
+    return prepare
+
+
+def not_finite(tally: Tally, count: int) -> None:
+    """F8: NaN in a loss, in one of four micro-batches, in a gradient, in an evaluation, in an adapter file; allowed
+    three times."""
+    four = {"train.effective_batch_size": 8, "train.max_steps": 12}
+    held = {"data.eval": [{"path": recipe(tally)["data"]["train"][0]["path"], "name": "held"}], "train.eval_steps": 5}
+    held |= {"evaluate.models": ["adapter"], "evaluate.max_new_tokens": 2, "evaluate.bootstrap_samples": 10}
+    cases: list[tuple[str, dict[str, Any], Callable[[], None], int, int]] = [
+        ("the loss", {}, nan_in_forwards(11), 11, 2),
+        ("one of four micro-batches", four, nan_in_forwards(4 * 5 + 3), 6, 2),
+        ("one gradient", {}, nan_in_a_gradient(7), 7, 2),
+        ("the held-out loss", held, nan_in_forwards(3, training=False), 10, 16),
+    ]
+    for what, changes, poison, step, rows in cases[: max(1, count - 2)]:
+        with tally.trial(f"NaN in {what}"):
+            _one_not_finite(tally, recipe(tally, changes), poison, step=step, rows=rows, held=bool(changes is held))
+    with tally.trial("the fourth of three that are allowed"):
+        _allowed(tally)
+    with tally.trial("NaN in an adapter file"):
+        _bad_adapter(tally)
+
+
+def _one_not_finite(
+    tally: Tally, values: dict[str, Any], poison: Callable[[], None], *, step: int, rows: int, held: bool
+) -> None:
+    last = values["train"]["max_steps"]
+    whole, place = tally.place("whole"), tally.place("run")
+    expect(finish(train(values, whole), whole / "log") == 0, (whole / "log").read_text()[-500:])
+    code = finish(train(values, place, prepare=poison), place / "log")
+    text = (place / "log").read_text()
+    expect(code == 5 and f"at step {step}" in text, f"exit {code}: {text[-600:]}")
+    named = text.split("samples ", 1)[1].splitlines()[0]
+    expect(named.count("row-") >= min(rows, 2), f"the samples are not named: {named}")
+    expect(newest(run_of(place)) == (step - 1) // 4 * 4, f"the newest checkpoint is of step {newest(run_of(place))}")
+    expect(max(at for at, _, _ in ledger(run_of(place))) == step - (0 if held else 1), "the step was counted")
+    expect(finish(train(values, place, resume=True), place / "log") == 0, "it does not go on")
+    same(digest(run_of(place), step=last), digest(run_of(whole), step=last))
+
+
+def _allowed(tally: Tally) -> None:
+    values, place = recipe(tally, {"train.skip_nonfinite_steps": 3}), tally.place("run")
+    code = finish(train(values, place, prepare=nan_in_forwards(3, 6, 9, 14)), place / "log")
+    text = (place / "log").read_text()
+    expect(code == 5 and "at step 14" in text, f"exit {code}: {text[-500:]}")
+    events = [json.loads(line) for line in (run_of(place) / "events.jsonl").read_text().splitlines()]
+    told = [event["text"] for event in events if event["kind"] == "warning" and event["text"].startswith("skipped")]
+    expect(len(told) == 3 and all("samples row-" in text for text in told), f"{len(told)} skipped steps in the log")
+    losses = [json.loads(line)["loss"] for line in (run_of(place) / "metrics.jsonl").read_text().splitlines()]
+    expect([at for at, loss in enumerate(losses, 1) if loss == "nan"] == [3, 6, 9], f"the log hides one: {losses}")
+
+
+def _bad_adapter(tally: Tally) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    values, place = recipe(tally, {"train.max_steps": 2}), tally.place("run")
+    expect(finish(train(values, place), place / "log") == 0, (place / "log").read_text()[-500:])
+    bad = tally.folder / "bad-adapter"
+    shutil.rmtree(bad, ignore_errors=True)
+    shutil.copytree(run_of(place) / "adapter", bad)
+    tensors = load_file(bad / "adapter_model.safetensors")
+    name = tally.draw.choice(sorted(tensors))
+    tensors[name].flat[tally.draw.randrange(tensors[name].size)] = float("nan")
+    save_file(tensors, bad / "adapter_model.safetensors", metadata={"format": "pt"})
+    place = tally.place("run")
+    values = recipe(tally, {"train.max_steps": 2, "adapter.init_from": str(bad)})
+    code = finish(train(values, place), place / "log")
+    text = (place / "log").read_text()
+    expect(code == 8 and "NaN or infinity" in text and name.split(".lora")[0] in text, f"exit {code}: {text[-500:]}")
+    expect(not (run_of(place) / "metrics.jsonl").exists(), "steps were taken with it")
+
+
+# ---------------------------------------------------------------- memory
+
+
+def memory_above(rows: int, *, first: int = 1, training: bool = True) -> Callable[[], None]:
+    """A `prepare`: from forward `first` on there is memory for at most `rows` rows."""
+
+    def change(made: Any, batch: Any, forward: int, is_training: bool) -> Any:
+        if is_training == training and len(batch.ids) > rows and forward >= first:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return made()
+
+    return _every_loss(change)
+
+
+def out_of_memory(tally: Tally, count: int) -> None:
+    """F16: at the first forward, within a step, late in the run, in an evaluation, and beyond remedy."""
+    plain = {"adapter.lora_dropout": 0.1, "train.effective_batch_size": 8, "train.max_steps": 12}
+    large = recipe(tally, plain | {"train.per_device_train_batch_size": 4})
+    smaller = {
+        size: completed_as(tally, recipe(tally, plain | {"train.per_device_train_batch_size": size}))
+        for size in ((1, 2) if count > 3 else (2,))
+    }
+    starts = [(2, 1, "the first forward"), (2, 2, "the second forward of a step"), (1, 1, "the first, twice")]
+    for size, first, what in starts[: max(1, count - 2)]:
+        with tally.trial(what):
+            place = tally.place("run")
+            code = finish(train(large, place, prepare=memory_above(size, first=first)), place / "log")
+            expect(code == 0, f"exit {code}: {(place / 'log').read_text()[-600:]}")
+            tally.measure(difference(digest_folder(run_of(place)), smaller[size]))
+            expect(tally.worst is not None and tally.worst <= 1e-6, f"weights differ by {tally.worst:.2e}")
+            _ledger_is_whole(run_of(place), smaller[size])
+    with tally.trial("late in the run"):
+        place = tally.place("run")
+        code = finish(train(large, place, prepare=memory_above(2, first=17)), place / "log")
+        expect(code == 0, f"exit {code}: {(place / 'log').read_text()[-600:]}")
+        _ledger_is_whole(run_of(place), smaller[2])
+    if count > 3:
+        with tally.trial("in an evaluation"):
+            _in_evaluation(tally, plain)
+    with tally.trial("beyond remedy"):
+        place = tally.place("run")
+        code = finish(train(large, place, prepare=memory_above(0, first=9)), place / "log")
+        text = (place / "log").read_text()
+        expect(code == 6 and "row-" in text and "per_device_train_batch_size" in text, f"exit {code}: {text[-500:]}")
+        expect(newest(run_of(place)) == 4, f"the newest checkpoint is of step {newest(run_of(place))}")
+
+
+def _in_evaluation(tally: Tally, plain: dict[str, Any]) -> None:
+    held = {"data.eval": [{"path": recipe(tally)["data"]["train"][0]["path"], "name": "held"}], "train.eval_steps": 6}
+    held |= {"evaluate.models": ["adapter"], "evaluate.max_new_tokens": 2, "evaluate.bootstrap_samples": 10}
+    losses = []
+    for prepare in (None, memory_above(5, training=False)):
+        place = tally.place("run")
+        code = finish(train(recipe(tally, plain | held), place, prepare=prepare), place / "log")
+        expect(code == 0, f"exit {code}: {(place / 'log').read_text()[-600:]}")
+        lines = [json.loads(line) for line in (run_of(place) / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["eval_loss"] for line in lines if "eval_loss" in line])
+    expect(len(losses[0]) == 2, f"{len(losses[0])} evaluations")
+    for one, other in zip(*losses, strict=True):
+        expect(abs(one - other) <= 1e-6 * abs(one), f"held-out loss {other} instead of {one}")
+
+
+def completed_as(tally: Tally, values: dict[str, Any]) -> Path:
+    """The run folder of an uninterrupted run of `values`, kept."""
+    place = tally.place(f"small-{values['train']['per_device_train_batch_size']}")
+    code = finish(train(values, place), place / "log")
+    if code:
+        raise RuntimeError((place / "log").read_text()[-1500:])
+    return digest_folder(run_of(place))
+
+
+def digest_folder(run: Path) -> Path:
+    """The last checkpoint of a run of 12 steps."""
+    return run / "checkpoints" / "step-000012"
+
+
+def difference(one: Path, other: Path) -> float:
+    """Largest difference of the weights of two checkpoints, relative to the largest weight of the tensor."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    first, second = load_file(one / "trainable.safetensors"), load_file(other / "trainable.safetensors")
+    expect(first.keys() == second.keys(), "other tensors")
+    return max(
+        float(np.abs(first[name] - second[name]).max() / max(np.abs(second[name]).max(), 1e-30)) for name in first
+    )
+
+
+def _ledger_is_whole(run: Path, other: Path) -> None:
+    """The same steps with the same number of rows and supervised tokens: nothing lost, nothing twice."""
+    wanted = ledger(other.parents[1])
+    found = ledger(run)
+    expect(
+        [(step, tokens) for step, _, tokens in found] == [(step, tokens) for step, _, tokens in wanted], "the ledger"
+    )
+    states = [json.loads((folder / "state.json").read_text())["state"] for folder in (digest_folder(run), other)]
+    expect(states[0]["samples_consumed"] == states[1]["samples_consumed"] == 96, f"{states[0]} samples")
+
+
+FAULTS = (
+    Fault("F8", "NaN and infinity in losses, gradients, evaluations, adapters", 6, 4, "", not_finite),
+    Fault("F16", "out of memory: smaller micro-batches, the same steps", 6, 3, "of the weights", out_of_memory),
+)
+MUTANTS = (
+    (
+        "F8",
+        "mmft/engine/loop.py",
+        "if not (math.isfinite(loss) and math.isfinite(norm)):",
+        "if not (math.isfinite(loss) and math.isfinite(norm)) and section.skip_nonfinite_steps:",
+    ),
+    ("F16", "mmft/data/order.py", "micro_per_step=self.micro_per_step * parts)", "micro_per_step=self.micro_per_step)"),
+)
+assert STEPS == 24
