@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from mmft.backbones.fingerprint import fingerprint
 from mmft.backbones.load import Backbone
 from mmft.data.audit import audit
 from mmft.data.audit import fingerprint as fingerprint_samples
+from mmft.data.augment import Augmentation
 from mmft.data.formats import Loaded, load_many, source_name
 from mmft.data.loader import RowRenderer
 from mmft.data.mixture import mixture_of
@@ -93,6 +95,9 @@ def load_datasets(recipe: Recipe, processor: Any, journal: Journal) -> Datasets:
         _tell_bad(one, journal)
     if isinstance(renderer, Renderer):
         _warn_unstopped(train, renderer, journal)
+    changes = Augmentation.of(data.augmentation, seed=seed)
+    if changes is not None:
+        train = [dataclasses.replace(sample, augment=changes) for sample in train]
     return Datasets(kind.balanced(recipe, train), evals, renderer, fingerprint_samples(train))
 
 

@@ -71,7 +71,7 @@ def trace_row(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] =
 
 def _data_stations(recipe: Recipe, datasets: Datasets, batch: Batch, *, row: int) -> list[Station]:
     samples, renderer = datasets.train, datasets.renderer
-    sample = samples[row]
+    sample = samples[row].at(0)
     plan, total = plan_steps(recipe, samples, 1)
     step = next((s for s in range(total) if any(seen == row for seen, _ in plan.step_rows(s))), None)
     turns = f"{len(sample.turns)} turns, {len(sample.media)} media"

@@ -47,8 +47,8 @@ def assemble(
 ) -> Batch:
     """One batch of (sample, epoch) rows: rendered and padded, or as their renderer puts them together."""
     if not isinstance(renderer, Renderer):
-        return renderer.assemble(rows)
-    return collate([renderer.render(sample) for sample, _ in rows], pad_token_id=pad_token_id, side=side)
+        return renderer.assemble([(sample.at(epoch), epoch) for sample, epoch in rows])
+    return collate([renderer.render(sample.at(epoch)) for sample, epoch in rows], pad_token_id=pad_token_id, side=side)
 
 
 class _MicroBatches(Dataset):

@@ -232,7 +232,8 @@ def picture_traits(ref: MediaRef, *, max_pixels: int) -> tuple[str, ...]:
 
 
 def open_image(ref: MediaRef, *, max_pixels: int) -> Image.Image:
-    """The picture as 8-bit RGB, upright by its EXIF orientation, alpha composited on white, first frame only.
+    """The picture as 8-bit RGB, upright by its EXIF orientation, alpha composited on white, first frame only; then
+    the changes that the reference carries.
 
     Raises DataError (with the file's name) when the file leaves its root, is no listed format, has more pixels than
     `max_pixels` (before decoding), is truncated or corrupt.
@@ -240,7 +241,8 @@ def open_image(ref: MediaRef, *, max_pixels: int) -> Image.Image:
     with header(ref, max_pixels) as image:
         image.load()
         upright = image if image.getexif().get(_ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
-        return to_rgb(upright)
+        rgb = to_rgb(upright)
+    return rgb if ref.drawn is None else ref.drawn.apply(rgb)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
+
+from mmft.data.augment import Augmentation, Drawn
 
 Role = Literal["system", "user", "assistant"]
 MediaKind = Literal["image", "audio", "video"]
@@ -17,7 +19,7 @@ class MediaRef:
     """A medium that has not been opened: a path below `root`, or the encoded bytes themselves.
 
     `span` (offset, length) names a stretch of the file, as a member of a tar shard is. A video may also be a folder of
-    pictures (`path`) or a list of them (`frames`).
+    pictures (`path`) or a list of them (`frames`). `drawn`: how an opened picture is changed.
     """
 
     kind: MediaKind = "image"
@@ -26,6 +28,7 @@ class MediaRef:
     data: bytes | None = None
     span: tuple[int, int] | None = None
     frames: tuple[MediaRef, ...] = ()
+    drawn: Drawn | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ class Sample:
     assistant turn is the one reference. A pair has no turns: its texts are the `answers`, texts that are wrong for its
     picture the `negatives`. A table's row has no turns either: `cells` holds every column in the table's order, `media`
     those of its cells. A row of preferences ends with the question; its `candidates` stand best first. `tags` are free
-    labels such as the question type.
+    labels such as the question type; `augment` is there on training rows whose pictures change from epoch to epoch.
     """
 
     id: str
@@ -92,6 +95,30 @@ class Sample:
     tags: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
     where: str = ""
+    augment: Augmentation | None = None
+
+    def at(self, epoch: int) -> Sample:
+        """The row as it is learned from in an epoch: its pictures know how they are changed."""
+        if self.augment is None:
+            return self
+        augment = self.augment
+
+        def changed(media: tuple[MediaRef, ...]) -> tuple[MediaRef, ...]:
+            return tuple(
+                replace(ref, drawn=augment.drawn(self.id, epoch, place)) if ref.kind == "image" else ref
+                for place, ref in enumerate(media)
+            )
+
+        media = changed(self.media)
+        new = {id(old): ref for old, ref in zip(self.media, media, strict=True)}
+        cells = {
+            name: replace(cell, value=new.get(id(cell.value), cell.value)) if isinstance(cell.value, MediaRef) else cell
+            for name, cell in self.cells.items()
+        }
+        candidates = tuple(
+            one if one.media is None else replace(one, media=changed(one.media)) for one in self.candidates
+        )
+        return replace(self, media=media, cells=cells, candidates=candidates, augment=None)
 
     @property
     def references(self) -> tuple[str, ...]:

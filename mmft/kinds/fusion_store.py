@@ -14,6 +14,7 @@ from mmft.adapters.build import Adapted
 from mmft.data.audit import fingerprint
 from mmft.data.fused import FusedRenderer
 from mmft.data.sample import Sample
+from mmft.data.tables import modality_name
 from mmft.errors import RecipeError
 from mmft.evaluation.classes import inner
 from mmft.files import sha256_bytes, to_json
@@ -34,7 +35,15 @@ def stored_features(recipe: Recipe, adapted: Adapted, datasets: Datasets, render
     wanted = recipe.objective.cache_features
     trained = _trained(adapted)
     fusion = inner(adapted.model)
-    names = [name for name in fusion.encoders if name not in trained]
+    moving = set(_changing(datasets)) if wanted is not False else set()
+    if wanted and moving:
+        raise RecipeError(
+            f"the pictures of '{min(moving)}' are changed anew in each epoch, so their tokens change too",
+            where="objective.cache_features: true",
+            allowed="data.augmentation for runs that cache no pictures",
+            do="take one of the two fields out",
+        )
+    names = [name for name in fusion.encoders if name not in trained and name not in moving]
     if wanted and trained:
         name, parameter = next(iter(sorted(trained.items())))
         raise RecipeError(
@@ -57,6 +66,12 @@ def stored_features(recipe: Recipe, adapted: Adapted, datasets: Datasets, render
             with torch.autocast(fusion.device.type, dtype=torch.bfloat16, enabled=recipe.train.bf16):
                 FeatureStore.build(path, fusion, _batches(renderer, rows, fusion), names)
     renderer.use(FeatureStore.open(path), rows)
+
+
+def _changing(datasets: Datasets) -> set[str]:
+    """Modalities whose training pictures are changed from epoch to epoch."""
+    rows = [sample for sample in datasets.train if sample.augment is not None]
+    return {modality_name(name) for sample in rows for name, cell in sample.cells.items() if cell.kind == "image"}
 
 
 def _folder() -> Path:

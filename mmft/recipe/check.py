@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mmft.errors import Problem
+from mmft.recipe.augmentation import augmentations
 from mmft.recipe.check_adapter import ADAPTER_RULES, missing_adapter, on_quantized, part_modes, targets, unread_fields
 from mmft.recipe.check_objective import OBJECTIVE_RULES
 from mmft.recipe.check_pairs import PAIR_RULES
@@ -204,6 +205,7 @@ LIST_RULES: tuple[tuple[tuple[str, ...], Callable[[Recipe], Iterator[Finding]]],
     (("adapter.parts", "adapter.targets", "adapter.method", "quantization"), on_quantized),
     (("data.train", "data.eval"), missing_sources),
     (("data.eval",), _same_names),
+    (("data.augmentation",), augmentations),
     (("data.train", "data.temperature"), _mixture),
     (("model.name_or_path",), missing_model),
     (("adapter", "evaluate.models", "evaluate.metrics", "quantization.parts"), _repeats),

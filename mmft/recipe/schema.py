@@ -220,6 +220,9 @@ class DataSection(Section):
     """Which assistant turns carry loss."""
     max_image_pixels: Positive = 40_000_000
     """A picture whose header says more than this is refused before it is decoded."""
+    augmentation: dict[str, float] = {}
+    """Random changes of training pictures that keep their size, by name and strength: horizontal_flip, vertical_flip,
+    grayscale (probabilities), crop (share of the area), color (share), rotate (degrees), blur (pixels)."""
     max_bad_fraction: Share = 0.0
     """Share of bad rows that are left out (counted and listed) before the run is refused."""
 

@@ -228,6 +228,25 @@ def test_each_row_is_encoded_once(home, tmp_path, monkeypatch):
     assert seen == {"photo": 72, "sound": with_sound}  # the text encoder has LoRA; the second run found all there
 
 
+def test_changed_pictures_are_not_stored(home, tmp_path):
+    """Sounds still are; the losses are those of a run that stores nothing."""
+    runs = {}
+    for name, fields in (("with", {}), ("without", {"cache_features": False})):
+        given = recipe(home, tmp_path / name, objective=fields, train={"max_steps": 6})
+        given["data"] = {**given["data"], "augmentation": {"crop": 0.5, "color": 0.5}}
+        mmft.train({**given, "export": {"merge": False}, "evaluate": {"models": ["adapter"]}}, quiet=True)
+        runs[name] = losses(tmp_path / name / "small")
+    assert runs["with"] == pytest.approx(runs["without"], abs=1e-5)
+    plain = recipe(home, tmp_path / "plain", train={"max_steps": 6})
+    mmft.train({**plain, "export": {"merge": False}, "evaluate": {"models": ["adapter"]}}, quiet=True)
+    assert losses(tmp_path / "plain" / "small") != pytest.approx(runs["with"], abs=1e-5)
+    given = recipe(home, tmp_path / "wanted", adapter={"targets": ["projector"]}, objective={"cache_features": True})
+    given["adapter"] = {"method": "full", "targets": ["projector", "head"]}
+    given["data"] = {**given["data"], "augmentation": {"crop": 0.5}}
+    with pytest.raises(RecipeError, match="pictures of 'photo' are changed anew[\\s\\S]*cache_features"):
+        mmft.train(given, quiet=True)
+
+
 def test_features_of_a_trained_encoder_are_refused(home, tmp_path):
     with pytest.raises(RecipeError, match="encoder of 'note' is trained[\\s\\S]*cache_features"):
         mmft.train(recipe(home, tmp_path, objective={"cache_features": True}), quiet=True)
