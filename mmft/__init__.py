@@ -166,12 +166,17 @@ def convert(
 
 
 def stats(
-    data: str | Path, *, model: str | None = None, media_root: str | Path | None = None, limit: int = 2000
+    data: str | Path,
+    *,
+    model: str | None = None,
+    media_root: str | Path | None = None,
+    limit: int = 2000,
+    html: str | Path | None = None,
 ) -> dict[str, Any]:
-    """What a data set holds: rows, media, sizes, lengths, answers, classes."""
+    """What a data set holds: rows, media, sizes, lengths, answers, classes; with `html` also a page of plots."""
     from mmft.converting import stats as run
 
-    return run(data, model=model, media_root=media_root, limit=limit)
+    return run(data, model=model, media_root=media_root, limit=limit, html=html)
 
 
 def plan(recipe: RecipeLike, overrides: Sequence[str] = ()) -> dict[str, Any]:

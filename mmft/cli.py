@@ -116,10 +116,11 @@ def stats(
     model: Annotated[str | None, typer.Option(help="Whose processor counts tokens.")] = None,
     media_root: Annotated[Path | None, typer.Option(help="Folder that media paths are relative to.")] = None,
     limit: Annotated[int, typer.Option(help="Rows that are measured.")] = 2000,
+    html: Annotated[Path | None, typer.Option(help="Also write a page of histograms there.")] = None,
     as_json: Json = False,
 ) -> None:
     """Print what a data set holds: rows, media, sizes, lengths, answers, classes."""
-    values = mmft.stats(data, model=model, media_root=media_root, limit=limit)
+    values = mmft.stats(data, model=model, media_root=media_root, limit=limit, html=html)
     cells = [
         [name, "  ".join(f"{k} {v}" for k, v in one.items()) if isinstance(one, dict) else str(one)]
         for name, one in values.items()

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
+from markupsafe import Markup
 
 from mmft.data.convert import write_samples
 from mmft.data.formats import Loaded, load_samples
 from mmft.data.media import image_size
 from mmft.data.sample import Sample
 from mmft.errors import DataError
+from mmft.evaluation.bars import bars, histogram
 from mmft.journal import Journal
 from mmft.recipe.schema import DataSource
 
@@ -38,10 +41,16 @@ def convert(
 
 
 def stats(
-    data: str | Path, *, model: str | None = None, media_root: str | Path | None = None, limit: int = 2000
+    data: str | Path,
+    *,
+    model: str | None = None,
+    media_root: str | Path | None = None,
+    limit: int = 2000,
+    html: str | Path | None = None,
 ) -> dict[str, Any]:
     """Rows, media per row, sizes and aspect ratios of pictures, lengths of texts (tokens with a `model`), answers and
-    classes of a data set. Sizes and tokens are those of up to `limit` evenly spaced rows; nothing is decoded."""
+    classes of a data set. Sizes and tokens are those of up to `limit` evenly spaced rows; nothing is decoded.
+    With `html` a page of histograms is written there."""
     loaded = _load(data, media_root)
     samples = loaded.samples
     chosen = [samples[at * len(samples) // limit] for at in range(limit)] if len(samples) > limit else samples
@@ -56,13 +65,16 @@ def stats(
         "turns": dict(sorted(Counter(len(sample.turns) for sample in samples).items())),
         "measured": len(chosen),
         "unreadable_pictures": len(sizes) - len(there),
-        "width": _spread([width for width, _ in there]),
-        "height": _spread([height for _, height in there]),
-        "aspect_ratio": _spread([width / height for width, height in there]),
-        "characters": _spread([sum(len(turn.text) for turn in sample.turns) for sample in chosen if sample.turns]),
+    }
+    measured: dict[str, list[float]] = {
+        "width": [width for width, _ in there],
+        "height": [height for _, height in there],
+        "aspect_ratio": [width / height for width, height in there],
+        "characters": [sum(len(turn.text) for turn in sample.turns) for sample in chosen if sample.turns],
     }
     if model is not None:
-        found["tokens"] = _tokens(chosen, model)
+        measured["tokens"] = _tokens(chosen, model)
+    found |= {name: _spread(values) for name, values in measured.items()}
     answers = Counter(_answer(sample) for sample in samples)
     answers.pop("", None)
     found["different_answers"] = len(answers)
@@ -70,7 +82,30 @@ def stats(
     if loaded.columns is not None and loaded.columns.label:
         found["classes"] = dict(answers.most_common())
         found["largest_to_smallest_class"] = max(answers.values()) / min(answers.values())
+    if html is not None:
+        _write_page(Path(html), found, measured, answers)
     return found
+
+
+def _write_page(path: Path, found: dict[str, Any], measured: dict[str, list[float]], answers: Counter[str]) -> None:
+    facts = [(name, value) for name, value in found.items() if isinstance(value, int | float | str)]
+    charts = [(name, histogram(values, title=name, x_label=name)) for name, values in measured.items()]
+    counts = {
+        "media per row": found["media_per_row"],
+        "classes" if "classes" in found else "answers": answers,
+    }
+    charts += [
+        (name, bars({str(key): count for key, count in one.items()}, title=name)) for name, one in counts.items()
+    ]
+    shown = [(name.replace("_", " "), Markup(chart)) for name, chart in charts if chart]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mmft.evaluation"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page = environment.get_template("stats.html.j2").render(
+        title=f"Statistics of {path.stem}", facts=facts, charts=shown
+    )
+    path.write_text(page, encoding="utf-8")
 
 
 def _load(data: str | Path, media_root: str | Path | None) -> Loaded:
@@ -90,13 +125,13 @@ def _answer(sample: Sample) -> str:
     return str(label) if label is not None else next(iter(sample.references), "")
 
 
-def _tokens(samples: Sequence[Sample], model: str) -> dict[str, float]:
+def _tokens(samples: Sequence[Sample], model: str) -> list[float]:
     from mmft.backbones.load import load_processor
     from mmft.data.render import Renderer
     from mmft.recipe.schema import ModelSection
 
     renderer = Renderer(load_processor(ModelSection(name_or_path=model)), max_length=10**9)
-    return _spread([renderer.length(sample) for sample in samples if sample.turns])
+    return [renderer.length(sample) for sample in samples if sample.turns]
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -12,6 +12,7 @@ import mmft
 from mmft.data.audit import fingerprint
 from mmft.data.formats import load_samples
 from mmft.errors import DataError
+from mmft.evaluation.bars import bars, bins_of, histogram
 from mmft.recipe.schema import DataSource
 from tests.data import small
 from tests.data.test_layouts import TONE, frame, picture
@@ -104,6 +105,33 @@ def test_stats(talks, tmp_path, monkeypatch):
     frame(tmp_path).rename(columns={"y": "label"}).to_csv(tmp_path / "t.csv", index=False)
     table = mmft.stats(tmp_path / "t.csv")
     assert table["classes"] == {"0": 3, "1": 3} and table["largest_to_smallest_class"] == 1.0
+
+
+def test_a_page_of_statistics(talks, tmp_path, monkeypatch):
+    monkeypatch.setattr("mmft.backbones.load.load_processor", lambda _: small.processor())
+    talks.write_text("".join(line + "\n" for line in talks.read_text().splitlines()[:2]))
+    found = mmft.stats(talks, model="small", html=tmp_path / "a" / "<b>.html")
+    page = (tmp_path / "a" / "<b>.html").read_text()
+    assert "Statistics of &lt;b&gt;" in page and page.count("<svg") == 7
+    assert all(f"<h2>{name}</h2>" in page for name in ("width", "aspect ratio", "tokens", "media per row", "answers"))
+    assert {key: found[key] for key in ("rows", "tokens")} == {
+        key: mmft.stats(talks, model="small")[key] for key in ("rows", "tokens")
+    }
+
+
+@pytest.mark.parametrize("values", [[1, 1, 2, 5], [0.5, 0.25, 3.0], list(range(1000)), [7], [0.5]])
+def test_bins_hold_every_value(values):
+    counts, edges = bins_of(values)
+    assert sum(counts) == len(values) and len(edges) == len(counts) + 1 <= 25
+    assert edges == sorted(edges) and edges[0] <= min(values) and edges[-1] >= max(values)
+    for count, low, high in zip(counts[:-1], edges[:-2], edges[1:-1], strict=True):
+        assert count == sum(low <= value < high for value in values)
+
+
+def test_bars_are_the_most_frequent_and_escaped():
+    chart = bars({f"<{at}>": at + 1 for at in range(30)}, title="a & b", most=3)
+    assert chart.count("<rect") == 3 and "&lt;29&gt;: 30" in chart and "<29>" not in chart and "a &amp; b" in chart
+    assert bars({}, title="none") == "" and histogram([], title="none", x_label="x") == ""
 
 
 def test_the_commands(talks, tmp_path):

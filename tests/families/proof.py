@@ -291,6 +291,9 @@ class _Proof:
                     value.copy_(torch.randn(value.shape) * (0.5 / inputs**0.5 + 0.02))
                 elif value.is_floating_point():
                     value.add_(torch.randn(value.shape) * 0.1)
+            for table in model.modules():  # some families (chinese_clip) set the row of padding to zero at each load
+                if isinstance(table, torch.nn.Embedding) and table.padding_idx is not None:
+                    table.weight[table.padding_idx] = 0.0
         return model.eval()
 
     def _backbone(self) -> Backbone:
