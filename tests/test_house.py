@@ -84,7 +84,7 @@ FIELDS = {
     " loraplus_lr_ratio oft_block_size num_virtual_tokens bottleneck_size bottleneck_placement modules_to_save"
     " init_from parts",
     "adapter.parts.*": "mode lora_rank lora_alpha learning_rate",
-    "data": "train eval temperature max_length over_length system supervise max_image_pixels augmentation"
+    "data": "train eval temperature max_length over_length system supervise max_image_pixels video_frames augmentation"
     " max_bad_fraction",
     "data.train.*": "path name format media_root num_samples weight repeat columns",
     "objective": "name",

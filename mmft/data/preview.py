@@ -100,7 +100,7 @@ def _pictures(sample: Sample, rendered: Rendered, renderer: RendersRows, process
     mean, std = (getattr(image_processor, name, None) for name in ("image_mean", "image_std"))
     plain = pixels is not None and pixels.dim() == 4 and pixels.shape[:2] == (len(sample.media), 3)
     if pixels is None or not plain:
-        return [open_image(ref, max_pixels=renderer.max_image_pixels) for ref in sample.media]
+        return [open_image(ref, max_pixels=renderer.max_image_pixels) for ref in sample.media if ref.kind == "image"]
     if getattr(image_processor, "do_normalize", False) and mean is not None and std is not None:
         pixels = pixels * torch.tensor(std).view(1, 3, 1, 1) + torch.tensor(mean).view(1, 3, 1, 1)
     bytes_ = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()

@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from mmft.data.masks import AnswerSpans, Span, common_prefix, expand, prefix_spans, token_spans
-from mmft.data.media import image_size, open_image
+from mmft.data.opened import Measure, MediaOpener, Opened, blank, measure_of
 from mmft.data.sample import MediaRef, Piece, Sample, Turn
 from mmft.data.shrink import Size, shrink
 from mmft.errors import DataError, MmftError, Problem
@@ -64,12 +64,14 @@ class Renderer:
         over_length: OverLength = "error",
         supervise: Supervise = "answers",
         max_image_pixels: int = 40_000_000,
+        video_frames: int = 8,
     ) -> None:
         self.processor = processor
         self.max_length = max_length
         self.over_length: OverLength = over_length
         self.supervise: Supervise = supervise
         self.max_image_pixels = max_image_pixels
+        self.opener = MediaOpener(processor, max_pixels=max_image_pixels, video_frames=video_frames)
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self._chat_template = getattr(processor, "chat_template", None) or getattr(
             self.tokenizer, "chat_template", None
@@ -83,7 +85,7 @@ class Renderer:
         self._answer_spans = AnswerSpans(self.text)
         self.media_ids = media_token_ids(processor)
         self._per_row: frozenset[str] | None = None
-        self._gains: dict[tuple[int, int], int] = {}
+        self._gains: dict[Measure, int] = {}
 
     # -- the public verbs -------------------------------------------------------------------------------------------
 
@@ -153,12 +155,12 @@ class Renderer:
     def _training(self, sample: Sample, *, slow: bool = False) -> Rendered:
         if not sample.turns or sample.turns[-1].role != "assistant":
             raise DataError("the row does not end with an answer", do="end the row with an assistant turn")
-        images = self._images(sample.turns, sample.media, prompt=False)
-        turns, text, data = self._encoded(sample.turns, images, prompt=False)
+        media = self._media(sample.turns, sample.media, prompt=False)
+        turns, text, data = self._encoded(sample.turns, media, prompt=False)
         ids = data["input_ids"][0].tolist()
         ranges = None if slow else self._fast_ranges(turns, text, ids)
         if ranges is None:
-            ranges = self._slow_ranges(turns, text, ids, images)
+            ranges = self._slow_ranges(turns, text, ids, media)
         labels = torch.full((len(ids),), IGNORED, dtype=torch.int64)
         for start, end in ranges if self.supervise == "answers" else ranges[-1:]:
             labels[start:end] = data["input_ids"][0, start:end]
@@ -198,7 +200,7 @@ class Renderer:
         turns = sample.turns[:-1] if sample.turns and sample.turns[-1].role == "assistant" else sample.turns
         if not turns:
             raise DataError("the row has no question", do="put a user turn before the answer")
-        _, _, data = self._encoded(turns, self._images(turns, sample.media, prompt=True), prompt=True)
+        _, _, data = self._encoded(turns, self._media(turns, sample.media, prompt=True), prompt=True)
         return self._rendered(sample, data, torch.full_like(data["input_ids"][0], IGNORED))
 
     def _rendered(self, sample: Sample, data: dict[str, torch.Tensor], labels: torch.Tensor) -> Rendered:
@@ -210,32 +212,35 @@ class Renderer:
         rows = self._per_row_names() & media.keys() if sample.media else frozenset()
         return Rendered(sample.id, ids, labels, media, len(ids) - count, count, frozenset(rows))
 
-    def _images(self, turns: Sequence[Turn], media: Sequence[MediaRef], *, prompt: bool) -> list[Image.Image]:
-        """The row's pictures, all made smaller by one factor where the recipe asks for it and the row is too long."""
-        _only_pictures(media)
-        images = [open_image(ref, max_pixels=self.max_image_pixels) for ref in media]
+    def _media(self, turns: Sequence[Turn], media: Sequence[MediaRef], *, prompt: bool) -> list[Opened]:
+        """The row's media; pictures all made smaller by one factor where the recipe asks for it and the row is too
+        long."""
+        opened = [self.opener.open(ref) for ref in media]
+        images = [one for one in opened if isinstance(one, Image.Image)]
         if self.over_length != "shrink_images" or not images:
-            return images
+            return opened
         room = self.max_length - len(self._plain(self.text(turns, prompt))[0])
+        room -= sum(self._gain(measure_of(one)) for one in opened if not isinstance(one, Image.Image))
 
         def fits(sizes: Sequence[Size]) -> bool:
-            return sum(map(self._gain, sizes)) <= room
+            return sum(self._gain(("image", *size, 1)) for size in sizes) <= room
 
-        return images if fits([image.size for image in images]) else shrink(images, fits) or images
+        small = iter(images if fits([image.size for image in images]) else shrink(images, fits) or images)
+        return [next(small) if isinstance(one, Image.Image) else one for one in opened]
 
     def _encoded(
-        self, turns: tuple[Turn, ...], images: list[Image.Image], *, prompt: bool
+        self, turns: tuple[Turn, ...], media: list[Opened], *, prompt: bool
     ) -> tuple[tuple[Turn, ...], str, dict[str, torch.Tensor]]:
         """The turns (cut where the recipe allows it), their text, and the processor's tensors; at most max_length."""
         text = self.text(turns, prompt)
-        data = self._process(text, images)
+        data = self._process(text, media)
         length = data["input_ids"].shape[1]
         if length <= self.max_length:
             return turns, text, data
         if self.over_length == "truncate_text":
             turns = self._cut(turns, length - len(self._plain(text)[0]), prompt=prompt)
             text = self.text(turns, prompt)
-            data = self._process(text, images)
+            data = self._process(text, media)
             if data["input_ids"].shape[1] <= self.max_length:
                 return turns, text, data
         raise TooLongError(
@@ -244,10 +249,10 @@ class Renderer:
             do="raise data.max_length, or set data.over_length to drop, truncate_text or shrink_images",
         )
 
-    def _process(self, text: str, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+    def _process(self, text: str, media: Sequence[Opened]) -> dict[str, torch.Tensor]:
         """The processor's tensors for a text with placeholders; `input_ids` has shape (1, T)."""
-        keywords: dict[str, Any] = {"images": [images]} if images else {}
-        out = self.processor(text=text, return_tensors="pt", **self._specials(text), **keywords)
+        keywords = self._specials(text) | self.opener.keywords(media)
+        out = self.processor(text=[text], return_tensors="pt", **keywords)
         return {name: value for name, value in out.items() if isinstance(value, torch.Tensor)}
 
     def _specials(self, text: str) -> dict[str, bool]:
@@ -266,13 +271,13 @@ class Renderer:
         short, offsets = self._plain(text)
         return expand(token_spans(offsets, self._answer_spans(turns, text)), short, ids)
 
-    def _slow_ranges(self, turns: tuple[Turn, ...], text: str, ids: list[int], images: list[Image.Image]) -> list[Span]:
+    def _slow_ranges(self, turns: tuple[Turn, ...], text: str, ids: list[int], media: list[Opened]) -> list[Span]:
         spans = prefix_spans(self.text, turns, text)
         answers = [k for k, turn in enumerate(turns) if turn.role == "assistant"]
         tail = self._added_behind()
         ranges = []
         for k, (start, end) in zip(answers, spans, strict=True):
-            seen = images[: sum(piece.kind == "image" for turn in turns[:k] for piece in turn.pieces)]
+            seen = media[: sum(piece.kind != "text" for turn in turns[:k] for piece in turn.pieces)]
             edges = []
             for stop in (start, end):
                 part = self._process(text[:stop], seen)["input_ids"][0].tolist()
@@ -314,17 +319,16 @@ class Renderer:
         return _capped(turns, low)
 
     def _sizes(self, sample: Sample) -> tuple[int, int]:
-        _only_pictures(sample.media)
-        gained = sum(self._gain(image_size(ref, max_pixels=self.max_image_pixels)) for ref in sample.media)
+        gained = sum(self._gain(self.opener.measure(ref)) for ref in sample.media)
         return len(self._plain(self.text(sample.turns))[0]) + gained, gained + len(sample.media)
 
-    def _gain(self, size: Size) -> int:
-        """Tokens that a picture of some size adds to its one placeholder."""
-        if size not in self._gains:
-            one = (Turn("user", (Piece("image"), Piece("text", "a"))),)
-            blank = self._process(self.text(one), [Image.new("RGB", size)])
-            self._gains[size] = blank["input_ids"].shape[1] - len(self._plain(self.text(one))[0])
-        return self._gains[size]
+    def _gain(self, measure: Measure) -> int:
+        """Tokens that a medium adds to its one placeholder."""
+        if measure not in self._gains:
+            one = (Turn("user", (Piece(measure[0]), Piece("text", "a"))),)
+            data = self._process(self.text(one), [blank(measure)])
+            self._gains[measure] = data["input_ids"].shape[1] - len(self._plain(self.text(one))[0])
+        return self._gains[measure]
 
     def _per_row_names(self) -> frozenset[str]:
         """Names of the image processor's tensors whose first dimension counts rows, seen on one row of two pictures."""
@@ -337,16 +341,6 @@ class Renderer:
             except (ValueError, TypeError, AttributeError):
                 self._per_row = frozenset()  # one picture per row only: both layouts are the same
         return self._per_row
-
-
-def _only_pictures(media: Sequence[MediaRef]) -> None:
-    other = next((ref.kind for ref in media if ref.kind != "image"), None)
-    if other is not None:
-        raise DataError(
-            f"a conversation takes no {other} yet",
-            allowed="pictures; sounds and videos in pairs and tables",
-            do="take the row out, or give a video's frames as pictures",
-        )
 
 
 def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:

@@ -39,6 +39,7 @@ def make_renderer(recipe: Recipe, processor: Any, *, supervise: Supervise | None
         over_length=data.over_length,
         supervise=supervise or data.supervise,
         max_image_pixels=data.max_image_pixels,
+        video_frames=data.video_frames,
     )
 
 

@@ -220,6 +220,8 @@ class DataSection(Section):
     """Which assistant turns carry loss."""
     max_image_pixels: Positive = 40_000_000
     """A picture whose header says more than this is refused before it is decoded."""
+    video_frames: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Frames that a conversation takes from each video: the middles of equal stretches."""
     augmentation: dict[str, float] = {}
     """Random changes of training pictures that keep their size, by name and strength: horizontal_flip, vertical_flip,
     grayscale (probabilities), crop (share of the area), color (share), rotate (degrees), blur (pixels)."""
