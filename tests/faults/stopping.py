@@ -92,6 +92,12 @@ def _until_saving(pid: int, run: Path, wait_for: int) -> None:
         time.sleep(0.0005)
 
 
+def _until_step(pid: int, run: Path, step: int) -> None:
+    """Return when the metrics hold this step (or the process has ended)."""
+    while len(ledger(run)) < step and b"\nState:\tZ" not in (status := _status(pid)) and status:
+        time.sleep(0.002)
+
+
 def _status(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/status").read_bytes()
@@ -169,7 +175,11 @@ def told_to_stop(tally: Tally, count: int) -> None:
         attempt += 1
         number, place = kinds[landed % 3], tally.place("run")
         pid = start(train(values, place, prepare=slow_disk), place / "log")
-        time.sleep(tally.draw.uniform(0.1, 0.95) * length)
+        if landed % 3 < 2:  # between two steps, or in an evaluation or save between them
+            _until_step(pid, run_of(place), tally.draw.randint(1, STEPS - 2))
+            time.sleep(tally.draw.uniform(0, 0.05))
+        else:
+            time.sleep(tally.draw.uniform(0.1, 0.95) * length)
         sent, training = time.monotonic(), 0 < len(ledger(run_of(place))) < STEPS - 1
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
