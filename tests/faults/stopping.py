@@ -175,7 +175,7 @@ def told_to_stop(tally: Tally, count: int) -> None:
         attempt += 1
         number, place = kinds[landed % 3], tally.place("run")
         pid = start(train(values, place, prepare=slow_disk), place / "log")
-        if landed % 3 < 2:  # between two steps, or in an evaluation or save between them
+        if landed // 3 % 2 == 0:  # between two steps, or in an evaluation or save between them
             _until_step(pid, run_of(place), tally.draw.randint(1, STEPS - 2))
             time.sleep(tally.draw.uniform(0, 0.05))
         else:
