@@ -22,7 +22,12 @@ from mmft.files import scratch_folder
 
 if TYPE_CHECKING:
     import torch
-    from transformers import FastVlmForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers import (
+        CLIPImageProcessor,
+        FastVlmForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
 
 SHIPPED = (
     "nano-vlm",
@@ -201,21 +206,27 @@ def _tower_weights(wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(zip(names, values, strict=True)) | counters
 
 
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Pictures squeezed to 192 x 192 (no crop: nothing at the edge is lost), ImageNet mean and std."""
-    from transformers import CLIPImageProcessor, LlavaProcessor
+def squeezed_pictures(side: int) -> CLIPImageProcessor:
+    """Pictures squeezed to a square of `side` pixels (no crop: nothing at the edge is lost), ImageNet mean and std."""
+    from transformers import CLIPImageProcessor
 
-    side = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
-    image_processor = CLIPImageProcessor(
-        size=side,
-        crop_size=side,
+    square = {"height": side, "width": side}
+    return CLIPImageProcessor(
+        size=square,
+        crop_size=square,
         do_center_crop=False,
         resample=3,
         image_mean=[0.485, 0.456, 0.406],
         image_std=[0.229, 0.224, 0.225],
     )
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """Pictures of 192 x 192 (`squeezed_pictures`), 36 tokens each."""
+    from transformers import LlavaProcessor
+
     return LlavaProcessor(
-        image_processor=image_processor,
+        image_processor=squeezed_pictures(IMAGE_SIDE),
         tokenizer=tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="full",

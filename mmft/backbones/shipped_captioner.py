@@ -16,7 +16,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mmft.backbones.shipped import BOS, END, IMAGE_SIDE, PAD, PATCH, build_tokenizer, keep_made, tower_weights
+from mmft.backbones.shipped import (
+    BOS,
+    END,
+    IMAGE_SIDE,
+    PAD,
+    PATCH,
+    build_tokenizer,
+    keep_made,
+    squeezed_pictures,
+    tower_weights,
+)
 from mmft.files import scratch_folder
 
 NAME = "emoji-captioner-init"
@@ -115,15 +125,6 @@ def build_captioner(tokenizer: Any) -> Any:
 
 def build_processor(tokenizer: Any) -> Any:
     """Pictures squeezed to 192 x 192 (no crop), ImageNet mean and std; the nano VLM's tokenizer."""
-    from transformers import CLIPImageProcessor, TrOCRProcessor
+    from transformers import TrOCRProcessor
 
-    side = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
-    pictures = CLIPImageProcessor(
-        size=side,
-        crop_size=side,
-        do_center_crop=False,
-        resample=3,
-        image_mean=[0.485, 0.456, 0.406],
-        image_std=[0.229, 0.224, 0.225],
-    )
-    return TrOCRProcessor(image_processor=pictures, tokenizer=tokenizer)
+    return TrOCRProcessor(image_processor=squeezed_pictures(IMAGE_SIDE), tokenizer=tokenizer)

@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mmft.backbones.shipped import keep_made, resolve_shipped, tower_weights
+from mmft.backbones.shipped import keep_made, resolve_shipped, squeezed_pictures, tower_weights
 from mmft.backbones.shipped_captioner import NAME as CAPTIONER
 from mmft.backbones.shipped_captioner import resolve_captioner
 from mmft.backbones.shipped_encoders import ENCODERS, resolve_encoder
@@ -94,19 +94,10 @@ def build_dual(source: Path) -> Any:
 
 def build_processor(source: Path) -> Any:
     """Pictures squeezed to a square (no crop), ImageNet mean and std; MiniLM's own tokenizer."""
-    from transformers import AutoTokenizer, CLIPImageProcessor, VisionTextDualEncoderProcessor
+    from transformers import AutoTokenizer, VisionTextDualEncoderProcessor
 
-    side = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
-    pictures = CLIPImageProcessor(
-        size=side,
-        crop_size=side,
-        do_center_crop=False,
-        resample=3,
-        image_mean=[0.485, 0.456, 0.406],
-        image_std=[0.229, 0.224, 0.225],
-    )
     tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True)
-    return VisionTextDualEncoderProcessor(image_processor=pictures, tokenizer=tokenizer)
+    return VisionTextDualEncoderProcessor(image_processor=squeezed_pictures(IMAGE_SIDE), tokenizer=tokenizer)
 
 
 def _text_folder() -> Path:
