@@ -213,12 +213,22 @@ def _value(value: str) -> str:
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Loss (train and eval) and learning rate over steps, and where answers are sampled their reward against the score
-    it stands for, KL, entropy and length; a resumed run's later line of a step wins."""
+    """Loss (train and eval) and learning rate over steps; where preferences are learned how pairs are ranked and thumbs
+    rewarded; where answers are sampled their reward against the score it stands for, KL, entropy and length; a resumed
+    run's later line of a step wins."""
     titles = {
         "loss": ("Loss", {"train": "loss", "eval": "eval_loss"}),
         "rate": ("Learning rate", {"learning rate": "learning_rate"}),
         "probe": ("Probe set: R@1", {"probe": "probe_r@1"}),
+        **{
+            key: (title, {"train": key, "eval": f"eval_{key}"})
+            for key, title in (
+                ("preference_accuracy", "Pairs ranked rightly"),
+                ("reward_margin", "Reward of the better less the worse answer"),
+                ("good_reward", "Reward of good answers"),
+                ("bad_reward", "Reward of bad answers"),
+            )
+        },
         "reward": ("Reward and true score", {"reward": "reward", "score": "score", "held-out score": "eval_score"}),
         "kl": ("KL from the base", {"KL by token": "kl"}),
         "entropy": ("Entropy of the policy", {"nats by token": "entropy"}),

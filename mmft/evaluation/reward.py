@@ -68,7 +68,8 @@ def score_rewards(
     bootstrap_samples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """`headline`, `scores` and `sets` of the report from `found[MODEL][SET]`; each set also has `reliability`."""
+    """`headline`, `scores`, `sets` and `charts` of the report from `found[MODEL][SET]`; each set also has
+    `reliability`."""
     sets: dict[str, Any] = {}
     for name in next(iter(found.values())):
         judged = {model: one[name] for model, one in found.items()}
@@ -80,7 +81,16 @@ def score_rewards(
             entry["scores"][model] |= _whole(one, resamples=min(bootstrap_samples, 500), seed=seed)
         entry["reliability"] = {model: reliability(np.concatenate(one.gaps())) for model, one in judged.items()}
         sets[name] = entry
-    return {"headline": HEADLINE, "scores": next(iter(sets.values()))["scores"], "sets": sets}
+    charts = [_chart(name, entry["reliability"]) for name, entry in sets.items()]
+    return {"headline": HEADLINE, "scores": next(iter(sets.values()))["scores"], "sets": sets, "charts": charts}
+
+
+def _chart(name: str, reliability: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
+    """The trained model's share of right pairs over how sure it was of them (of the base where it is alone)."""
+    which = next((model for model in ("adapter", "merged") if model in reliability), next(iter(reliability)))
+    bins = [[row["certainty"], row["right"]] for row in reliability[which]]
+    series = {which: bins, "as often right as sure": [[0.5, 0.5], [1.0, 1.0]]}
+    return {"title": f"Pairs of {name} ranked rightly over certainty", "x_label": "certainty", "series": series}
 
 
 def _columns(judged: Judged) -> dict[str, np.ndarray]:

@@ -2,7 +2,8 @@
 
 Every entry of `TASKS` is a recipe, what is read from its report, and what must hold. Memory: the largest resident size
 of a DPO run against an SFT run with the same batch.
-Run: make bench-rl [SEEDS=0,1,2 ONLY=dpo,kto OUT=FOLDER]. A finished run in OUT is read, not run again.
+Run: make bench-rl [SEEDS=0,1,2 ONLY=dpo,kto OUT=FOLDER SHORT=1]. A finished run in OUT is read, not run again. SHORT
+takes two steps and a few rows of every set: whether everything runs, not what it learns.
 """
 
 from __future__ import annotations
@@ -16,9 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmft.recipe.load import load_recipe
+
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = [int(one) for one in os.environ.get("SEEDS", "0,1,2").split(",")]
 OUT = Path(os.environ.get("OUT", "runs/bench-rl"))
+SHORT = bool(os.environ.get("SHORT"))
+FEW = 32
+"""Rows of a set in a short run."""
 Report = dict[str, Any]
 
 
@@ -51,15 +57,13 @@ def _reward(report: Report) -> list[str]:
 
 def _pairs(report: Report) -> list[str]:
     first, second = list(report["sets"])[:2]
-    win, before, after = (
-        shown(report, first, "adapter", "win_rate"),
-        shown(report, first, "base", "exact_match"),
-        shown(report, first, "adapter", "exact_match"),
+    win, match = (
+        [shown(report, first, model, metric) for model in ("base", "adapter")] for metric in ("win_rate", "exact_match")
     )
     lost = (
         score(report, second, "base", "exact_match")["value"] - score(report, second, "adapter", "exact_match")["value"]
     )
-    return [f"win rate {win}", f"exact match {before} -> {after}", f"lost on {second} {lost:+.3f}"]
+    return [f"win rate {' -> '.join(win)}", f"exact match {' -> '.join(match)}", f"lost on {second} {lost:+.3f}"]
 
 
 def _wins(report: Report) -> bool:
@@ -106,9 +110,19 @@ def run(recipe: str, seed: int, *changes: str, name: str | None = None) -> Repor
     folder = OUT / (name or f"{recipe}-{seed}")
     if not (folder / "report.json").is_file() or not json.loads((folder / "report.json").read_text()).get("complete"):
         words = ["train", str(ROOT / "recipes" / f"{recipe}.yaml"), f"name={folder.name}", f"train.output_dir={OUT}"]
-        command = [sys.executable, "-m", "mmft", *words, f"train.seed={seed}", *changes, "--overwrite"]
+        short = _short(recipe) if SHORT else []
+        command = [sys.executable, "-m", "mmft", *words, f"train.seed={seed}", *short, *changes, "--overwrite"]
         subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     return json.loads((folder / "report.json").read_text())
+
+
+def _short(recipe: str) -> list[str]:
+    written = load_recipe(ROOT / "recipes" / f"{recipe}.yaml").data
+    few = {
+        f"data.{part}": [{**source.model_dump(exclude_unset=True), "num_samples": FEW} for source in sources]
+        for part, sources in (("train", written.train), ("eval", written.eval))
+    }
+    return ["train.max_steps=2", *(f"{name}={json.dumps(sources)}" for name, sources in few.items())]
 
 
 def memory() -> list[str]:

@@ -36,7 +36,8 @@ def test_pairs_from_rows_to_report(tmp_path: Path) -> None:
     assert scores["merged"] == scores["adapter"]
     assert "preference_accuracy" not in report["sets"]["talk"]["scores"]["adapter"]
     page = (tmp_path / "runs/tiny/report.html").read_text()
-    assert "win rate over the base" in page
+    for words in ("win rate over the base", "Pairs ranked rightly", "Reward of the better less the worse answer"):
+        assert words in page
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
@@ -71,6 +72,8 @@ def test_reward_model_loads_in_transformers(tmp_path: Path) -> None:
     assert found["scores"]["adapter"]["preference_accuracy"]["value"] >= 0.875
     assert {"ece", "length_correlation"} <= found["scores"]["merged"].keys()
     assert found["reliability"]["adapter"]
+    page = (tmp_path / "runs/tiny/report.html").read_text()
+    assert "Pairs of held ranked rightly over certainty" in page and "Pairs ranked rightly over steps" in page
     proof = report["merge"]["proof"]["reward_model"]
     assert proof["rows"] == 4 and proof["max_difference"] < 1e-3
     folder = tmp_path / "runs/tiny/reward_model"
