@@ -114,6 +114,9 @@ def test_mdpo_terms_equal_their_formulas() -> None:
     better, altered = pair.ratios
     torch.testing.assert_close(losses.conditional(better, altered, BETA), -log_s(BETA * (better - altered)), **EXACT)
     torch.testing.assert_close(losses.anchor(better, BETA), -log_s(BETA * better), **EXACT)
+    own, changed = (one.detach().requires_grad_() for one in (better, altered))
+    assert torch.autograd.gradcheck(lambda a, b: losses.conditional(a, b, BETA), (own, changed))
+    assert torch.autograd.gradcheck(lambda a: losses.anchor(a, BETA), (own,))
 
 
 def test_rankings_equal_the_product_of_choices() -> None:
