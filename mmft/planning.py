@@ -16,6 +16,7 @@ from mmft.backbones.parts import find_parts
 from mmft.data.formats import load_all, source_name
 from mmft.data.loader import RowRenderer
 from mmft.data.sample import Sample
+from mmft.data.steps import plan_steps
 from mmft.errors import BackboneError
 from mmft.fast.known import fast_plan
 from mmft.fast.plan import Setting
@@ -24,7 +25,7 @@ from mmft.kinds import kind_of
 from mmft.kinds.base import Kind
 from mmft.recipe.load import load_recipe
 from mmft.recipe.schema import ModelSection, Recipe
-from mmft.stages import fitting, plan_steps
+from mmft.stages import fitting
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROBE_ROWS = 256
@@ -68,7 +69,7 @@ def make_plan(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] =
         "model": {"name": backbone.name, "model_type": backbone.model.config.model_type, "dtype": loaded.model.dtype},
         "parts": parts,
         "targets": adapted.table(),
-        "fast": fast_plan(Setting(loaded, adapted, renderer, samples)).table(),
+        "fast": fast_plan(Setting(loaded, adapted, renderer, samples, steps=steps)).table(),
         "data": {"train": len(samples), **evals},
         "tokens": {kind: _percentiles(values) for kind, values in (lengths or {}).items()},
         "steps": {"total": total, "rows_per_step": steps.rows_per_step, "epochs": steps.epoch_at(total)},

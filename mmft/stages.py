@@ -24,16 +24,17 @@ from mmft.data.audit import fingerprint as fingerprint_samples
 from mmft.data.augment import Augmentation
 from mmft.data.formats import Loaded, load_many, source_name
 from mmft.data.loader import RowRenderer
-from mmft.data.mixture import mixture_of
 from mmft.data.order import StepPlan
 from mmft.data.render import Renderer, TooLongError
 from mmft.data.sample import Sample
+from mmft.data.steps import plan_steps
 from mmft.engine.callbacks import Callback, MetricsWriter, Progress
 from mmft.engine.guards import Interrupted
 from mmft.engine.loop import Engine, TrainJob
 from mmft.engine.state import TrainState
 from mmft.errors import DataError, Problem, RecipeError, choices
 from mmft.fast.known import fast_plan, install
+from mmft.fast.packing import demand
 from mmft.fast.plan import Setting, Work
 from mmft.files import sha256_bytes, to_json, write_json
 from mmft.journal import Journal
@@ -209,32 +210,6 @@ def calibration(recipe: Recipe, backbone: Backbone, datasets: Datasets) -> list[
     return kind_of(recipe).calibration(recipe, backbone, datasets)
 
 
-def plan_steps(recipe: Recipe, samples: Sequence[Sample], world: int) -> tuple[StepPlan, int]:
-    """Rows of every step in the recipe's mixture of sets, and how many steps.
-
-    Raises RecipeError when the batch does not divide over the processes.
-    """
-    section = recipe.train
-    micro = section.per_device_train_batch_size
-    if section.effective_batch_size is None:
-        per_step = section.gradient_accumulation_steps * world
-    else:
-        per_step = section.effective_batch_size // micro
-        if section.effective_batch_size % (micro * world):
-            raise RecipeError(
-                f"train.effective_batch_size {section.effective_batch_size} does not divide into {world} processes "
-                f"of per_device_train_batch_size {micro}",
-                where="train.effective_batch_size",
-                allowed=f"a multiple of {micro * world}",
-                do="change one of the three numbers",
-            )
-    sets = recipe.data.train
-    mixture = mixture_of(samples, sets, [source_name(one) for one in sets], temperature=recipe.data.temperature)
-    rows = len(samples) if mixture is None else mixture.rows
-    plan = StepPlan(rows, micro, per_step, world, section.seed, mixture)
-    return plan, section.max_steps or plan.steps_for(section.num_train_epochs)
-
-
 def identity(recipe: Recipe, backbone: Backbone, datasets: Datasets, plan: StepPlan) -> dict[str, str]:
     """Digests of what a resumed run must share with the run it goes on with."""
     base = fingerprint(backbone.folder) if backbone.folder is not None else {"name": backbone.name}
@@ -267,11 +242,11 @@ def train_stage(
     if recipe.train.report_to:
         accelerator.init_trackers(recipe.name)  # below train.output_dir, so in the run folder; rank 0 only
     writer = MetricsWriter(run.journal, accelerator, every=recipe.train.logging_steps)
-    setting = Setting(
-        recipe, adapted, datasets.renderer, datasets.train, accelerator.num_processes, custom=factory is not None
-    )
-    work = Work(adapted, _objective(recipe, adapted, datasets, factory), datasets.renderer)
+    world, custom = accelerator.num_processes, factory is not None
+    setting = Setting(recipe, adapted, datasets.renderer, datasets.train, world, custom=custom, steps=plan)
+    work = Work(adapted, _objective(recipe, adapted, datasets, factory), datasets.renderer, steps=plan)
     fast, work = install(fast_plan(setting), setting, work)
+    demand(recipe, fast)
     run.journal.table("fast path", ["optimisation", "", "reason", "saves"], fast.table())
     job = TrainJob(
         adapted=work.adapted,
@@ -279,7 +254,7 @@ def train_stage(
         samples=datasets.train,
         eval_samples=next(iter(datasets.evals.values()), []),
         renderer=work.renderer,
-        plan=plan,
+        plan=work.steps or plan,
         total_steps=total,
         eval_batch_size=recipe.evaluate.per_device_eval_batch_size,
         section=recipe.train,

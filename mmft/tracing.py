@@ -21,17 +21,20 @@ from mmft.data.formats import load_all
 from mmft.data.loader import assemble
 from mmft.data.media import open_image
 from mmft.data.order import StepPlan
+from mmft.data.packing import pack
 from mmft.data.render import IGNORED, Renderer
 from mmft.data.sounds import open_audio
+from mmft.data.steps import plan_steps
 from mmft.engine.loop import Engine
 from mmft.errors import RecipeError
 from mmft.export.merge import merge_adapter
+from mmft.fast.packing import positions_of
+from mmft.fast.shown import step_lines, told
 from mmft.kinds import kind_of
 from mmft.kinds.base import Datasets
 from mmft.objectives.base import Objective
 from mmft.recipe.load import load_recipe
 from mmft.recipe.schema import Recipe
-from mmft.stages import plan_steps
 
 Station = dict[str, Any]
 
@@ -65,6 +68,7 @@ def trace_row(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     batch = assemble(datasets.renderer, [(one, 0) for one in rows], pad_token_id=pad)
     return [
         *_data_stations(loaded, datasets, batch, row=row),
+        *_pack_stations(loaded, adapted, datasets, row=row),
         *_model_stations(loaded, adapted, objective, batch),
     ]
 
@@ -111,6 +115,21 @@ def _data_stations(recipe: Recipe, datasets: Datasets, batch: Batch, *, row: int
             for key, value in batch.inputs.items()
         ),
     ]
+
+
+def _pack_stations(recipe: Recipe, adapted: Adapted, datasets: Datasets, *, row: int) -> list[Station]:
+    """The line that the row stands in, in the step that sees it first."""
+    plan, total = plan_steps(recipe, datasets.train, 1)
+    step = next((s for s in range(total) if any(seen == row for seen, _ in plan.step_rows(s))), 0)
+    positions = positions_of(adapted.backbone.model)
+    lines = step_lines(recipe, datasets.renderer, datasets.train, plan, step=step, positions=positions)
+    own = next((line for line in lines if datasets.train[row].id in line.ids), None)
+    if own is None:
+        return []
+    facts, forwards = told(own), f"{len(lines)} forward{'s' if len(lines) > 1 else ''}"
+    what = f"step {step}: {plan.rows_per_step} rows in {forwards}; this one {len(facts['ids'])} rows"
+    shape = f"{facts['tokens']} tokens of {facts['alone']}"
+    return [_station("6 pack", pack, what=what, shape=shape, value=own.inputs["attention_mask"])]
 
 
 def _model_stations(recipe: Recipe, adapted: Adapted, objective: Objective, batch: Batch) -> list[Station]:

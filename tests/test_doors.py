@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 import mmft
 from mmft.data.sample import Sample
+from mmft.data.steps import plan_steps
 from mmft.errors import RecipeError
 from mmft.recipe.load import load_recipe
-from mmft.stages import plan_steps
 from tests.runs import (
     BIN,
     TRAIN_ONLY,

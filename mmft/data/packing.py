@@ -90,7 +90,7 @@ class PackPlan(StepPlan):
     sizes: RowSizes | None = None
     layout: Layout = "packs"
     share: bool = False
-    _kept: dict[int, list[tuple[Seen, ...]]] = field(default_factory=dict, repr=False)
+    _kept: dict[int, list[tuple[Seen, ...]]] = field(default_factory=dict, repr=False, init=False)
 
     @classmethod
     def of(cls, plan: StepPlan, sizes: RowSizes, *, layout: Layout, share: bool = False) -> PackPlan:
@@ -132,10 +132,10 @@ class PackPlan(StepPlan):
             rows = sorted(rows, key=lambda seen: -int(self._sizes.tokens[seen[0]]))
             return [tuple(rows[at : at + size]) for at in range(0, len(rows), size)]
         items = self._items(rows)
-        bins = first_fit_decreasing([self._size(item) for item in items], self.limits)
+        bins = first_fit_decreasing([self.size_of(item) for item in items], self.limits)
         packs = [[seen for at in one for seen in items[at]] for one in bins]
         while len(packs) % self.world:
-            longest = max((one for one in packs if len(one) > 1), key=lambda one: self._size(one)[0])
+            longest = max((one for one in packs if len(one) > 1), key=lambda one: self.size_of(one)[0])
             half = len(longest) // 2
             packs[packs.index(longest)] = longest[:half]
             packs.append(longest[half:])
@@ -154,7 +154,7 @@ class PackPlan(StepPlan):
             shown = int(self._sizes.shown[seen[0]])
             item = open_items.get(shown) if shown >= 0 else None
             if item is not None:
-                size = self._size([*item, seen])
+                size = self.size_of([*item, seen])
                 if size[0] <= tokens and size[1] <= media:
                     item.append(seen)
                     continue
@@ -163,8 +163,8 @@ class PackPlan(StepPlan):
             open_items[shown] = item
         return items
 
-    def _size(self, item: Sequence[Seen]) -> tuple[int, int]:
-        """Tokens and pictures of rows in one forward."""
+    def size_of(self, item: Sequence[Seen]) -> tuple[int, int]:
+        """Tokens and pictures of rows in one forward, those that are shared counted once."""
         sizes, known = self._sizes, set()
         tokens = media = 0
         for row, _ in item:
@@ -299,6 +299,10 @@ class PackedRenderer:
     def __init__(self, inner: Renderer, positions: Positions = plain_positions, *, share: bool = False) -> None:
         self.inner, self.positions, self.share = inner, positions, share
         self.max_length, self.over_length = inner.max_length, inner.over_length
+
+    def sharing(self) -> PackedRenderer:
+        """The same with shared beginnings."""
+        return PackedRenderer(self.inner, self.positions, share=True)
 
     def length(self, sample: Sample) -> int:
         """Tokens of a row."""

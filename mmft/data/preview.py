@@ -41,9 +41,16 @@ class Chip:
 
 
 def write_preview(
-    samples: Sequence[Sample], renderer: RendersRows, processor: Any, path: str | Path, *, rows: int = 8
+    samples: Sequence[Sample],
+    renderer: RendersRows,
+    processor: Any,
+    path: str | Path,
+    *,
+    rows: int = 8,
+    lines: Sequence[dict[str, Any]] = (),
 ) -> Path:
-    """Write a self-contained HTML page of the first `rows` samples and return its path.
+    """Write a self-contained HTML page of the first `rows` samples and return its path; `lines` tell of the forwards of
+    the first step where rows are packed (`ids`, `tokens`, `alone`, `shared`).
 
     All that comes from rows is escaped. Raises the DataError of a row that cannot be rendered.
     """
@@ -67,7 +74,7 @@ def write_preview(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("preview.html.j2").render(rows=shown, total=len(samples))
+    page = environment.get_template("preview.html.j2").render(rows=shown, total=len(samples), lines=lines)
     target = Path(path)
     write_text(target, page)
     return target

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from mmft.fast import head_rows, no_graph
+from mmft.fast import head_rows, no_graph, packing, shared_prefix
 from mmft.fast.plan import Candidate, FastPlan, Setting, Work
 from mmft.fast.plan import fast_plan as _fast_plan
 from mmft.fast.plan import install as _install
 
-CANDIDATES: tuple[Candidate, ...] = (no_graph.CANDIDATE, head_rows.CANDIDATE)
+CANDIDATES: tuple[Candidate, ...] = (
+    no_graph.CANDIDATE,
+    head_rows.CANDIDATE,
+    packing.CANDIDATE,
+    shared_prefix.CANDIDATE,
+)
 """A new one is entered here, and its name in `mmft.recipe.section.FastName`."""
 
 

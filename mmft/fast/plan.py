@@ -12,13 +12,14 @@ plain run does in its place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmft.adapters.build import Adapted
 from mmft.data.collate import Batch
 from mmft.data.loader import RowRenderer
+from mmft.data.order import StepPlan
 from mmft.data.sample import Sample
 from mmft.objectives.base import Objective
 from mmft.recipe.schema import Recipe
@@ -67,6 +68,7 @@ class Setting:
     samples: Sequence[Sample] = ()
     world: int = 1
     custom: bool = False
+    steps: StepPlan | None = None
 
 
 def _as_it_is(batch: Batch) -> Batch:
@@ -76,12 +78,15 @@ def _as_it_is(batch: Batch) -> Batch:
 @dataclass(frozen=True)
 class Work:
     """What training works with, which an optimisation may replace (`dataclasses.replace`). `prepare` is what a batch on
-    the model's device goes through last; `undo` what has to be taken back, done last first."""
+    the model's device goes through last; `steps` the rows of its forwards; `notes` (reason, saving) that a proof found;
+    `undo` what has to be taken back, done last first."""
 
     adapted: Adapted
     objective: Objective
     renderer: RowRenderer
+    steps: StepPlan | None = None
     prepare: Callable[[Batch], Batch] = _as_it_is
+    notes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     undo: tuple[Callable[[], None], ...] = field(default=(), repr=False)
 
     def release(self) -> None:
@@ -137,6 +142,8 @@ def install(plan: FastPlan, setting: Setting, work: Work, candidates: Sequence[C
             except NotHere as error:
                 row = replace(row, on=False, reason=str(error), saves="")
                 work = candidate.without(setting, work)
+            reason, saving = work.notes.get(row.name, (row.reason, row.saves))
+            row = replace(row, reason=reason, saves=saving)
             rows.append(row)
     except BaseException:
         work.release()

@@ -16,11 +16,13 @@ from mmft.data.order import epoch_order
 from mmft.data.preview import write_preview
 from mmft.data.render import IGNORED, Renderer, Supervise
 from mmft.data.sample import Sample
+from mmft.data.steps import plan_steps
 from mmft.engine.memory import estimate_memory
 from mmft.evaluation.answers import PredictionStore
 from mmft.evaluation.generate import generate_answers
 from mmft.evaluation.sampling import sampling_of
 from mmft.evaluation.scores import score_records
+from mmft.fast.shown import step_lines, told
 from mmft.kinds.base import Datasets, Kind, models
 from mmft.objectives.base import Objective
 from mmft.objectives.build import build_sft
@@ -141,8 +143,10 @@ class Chat(Kind):
         return {"activations": int(estimate.activations), "logits": int(estimate.logits)}
 
     def preview(self, recipe: Recipe, processor: Any, samples: Sequence[Sample], path: Path, *, rows: int) -> None:
-        """Rows with the trained tokens coloured."""
-        write_preview(samples, make_renderer(recipe, processor), processor, path, rows=rows)
+        """Rows with the trained tokens coloured, and the packs of the first step."""
+        renderer = make_renderer(recipe, processor)
+        lines = step_lines(recipe, renderer, samples, plan_steps(recipe, samples, 1)[0])
+        write_preview(samples, renderer, processor, path, rows=rows, lines=[told(line) for line in lines])
 
 
 def _answer_all(

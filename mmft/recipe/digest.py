@@ -24,11 +24,12 @@ COSMETIC = (
     "train.dataloader_num_workers",
     "train.ddp_timeout",
     "train.fast",
+    "train.packing",
     "evaluate",
     "export",
 )
-"""Fields (and sections) that a resumed run may change: they do not affect a trained number. (What `train.fast` comes
-to on a model has its own entry in a run's identity.)"""
+"""Fields (and sections) that a resumed run may change: they do not affect a trained number. (What `train.fast` and
+`train.packing` come to on a model has its own entry in a run's identity.)"""
 
 
 class _Dumper(yaml.SafeDumper):

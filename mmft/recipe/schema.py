@@ -285,6 +285,12 @@ class TrainSection(Section):
     fast: bool | tuple[FastName, ...] = True
     """Optimisations that leave the loss and its gradients as they are, each where it is exact (`mmft plan` lists them
     with the reason); false: none of them, a list: these alone."""
+    packing: bool | Literal["auto"] = "auto"
+    """Rows of a step behind one another without padding. `auto`: where that leaves the numbers as they are, else rows
+    sorted by length; true: a model that cannot is refused; false: neither."""
+    train_sampling_strategy: Literal["random", "group_by_media"] = "random"
+    """`group_by_media` shuffles pictures instead of rows: rows of a picture come behind each other, so that their step
+    pays for it once (`shared_prefix`). Their gradients are alike, so a step sees fewer pictures."""
     dataloader_num_workers: Count = 0
     """Processes that open and render rows."""
     ddp_timeout: Positive = 21600

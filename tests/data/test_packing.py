@@ -96,6 +96,15 @@ def test_rows_of_one_picture_share_a_pack_and_count_it_once():
         assert tokens <= 40 and len(set(groups)) <= 2
 
 
+def test_half_the_micro_batch_halves_the_budget():
+    """What the engine does when memory runs out: the same rows in more forwards."""
+    plan = random_plan(3)
+    plan = PackPlan.of(StepPlan(plan.rows, 4, 2, 1, 3), plan.sizes, layout="packs")
+    whole, half = plan.packs(0), plan.halved().packs(0)
+    assert plan.halved().limits[0] * 2 == plan.limits[0] and len(half) > len(whole)
+    assert sorted(row for one in half for row in one) == sorted(plan.step_rows(0))
+
+
 def test_rows_of_a_group_are_next_to_each_other():
     groups = np.array([0, 1, -1, 0, 1, 2, -1, 0])
     plan = StepPlan(8, 1, 8, 1, 5, None, Together(groups))

@@ -155,6 +155,7 @@ COSMETIC = {
     "train__save_total_limit": 5,
     "train__dataloader_num_workers": 4,
     "train__fast": "[head_rows]",
+    "train__packing": False,
     "evaluate__max_new_tokens": 3,
     "evaluate__models": "[base]",
     "export__merge_onto": "base",
