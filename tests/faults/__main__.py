@@ -93,7 +93,7 @@ def run_all(faults: list[tuple[Fault, int]], *, jobs: int, seed: int, show: Any)
     while pids or any(queue.glob("*.json")):
         for path in sorted(queue.glob("*.json")):
             rows.append(json.loads(path.read_text()))
-            show(rows[-1])
+            show(rows)
             path.unlink()
         for pid in list(pids):
             if os.waitpid(pid, os.WNOHANG)[0]:
@@ -130,7 +130,10 @@ def main() -> int:
     ]
     warm()
 
-    def show(row: dict[str, Any]) -> None:
+    def show(rows: list[dict[str, Any]]) -> None:
+        row = rows[-1]
+        if given.json:
+            Path(given.json).write_text(json.dumps({"faults": rows}, indent=1) + "\n")
         sys.stdout.write(line(row) + "\n" + "".join(f"      {text}\n" for text in row["failures"][:5]))
         sys.stdout.flush()
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.faults.ranks import two
 from tests.faults.trial import (
     STEPS,
     Fault,
@@ -21,6 +23,7 @@ from tests.faults.trial import (
     run_of,
     same,
     train,
+    wait,
 )
 
 
@@ -86,11 +89,14 @@ def not_finite(tally: Tally, count: int) -> None:
         ("the loss", {}, nan_in_forwards(11), 11, 2),
         ("one of four micro-batches", four, nan_in_forwards(4 * 5 + 3), 6, 2),
         ("one gradient", {}, nan_in_a_gradient(7), 7, 2),
-        ("the held-out loss", held, nan_in_forwards(3, training=False), 10, 16),
+        ("the held-out loss", held, nan_in_forwards(3, training=False), 15, 16),
     ]
-    for what, changes, poison, step, rows in cases[: max(1, count - 2)]:
+    for what, changes, poison, step, rows in cases[: max(1, count - 3)]:
         with tally.trial(f"NaN in {what}"):
             _one_not_finite(tally, recipe(tally, changes), poison, step=step, rows=rows, held=bool(changes is held))
+    if count > 4:
+        with tally.trial("NaN on one of two processes"):
+            _on_one_rank(tally)
     with tally.trial("the fourth of three that are allowed"):
         _allowed(tally)
     with tally.trial("NaN in an adapter file"):
@@ -112,6 +118,23 @@ def _one_not_finite(
     expect(max(at for at, _, _ in ledger(run_of(place))) == step - (0 if held else 1), "the step was counted")
     expect(finish(train(values, place, resume=True), place / "log") == 0, "it does not go on")
     same(digest(run_of(place), step=last), digest(run_of(whole), step=last))
+
+
+def _on_one_rank(tally: Tally) -> None:
+    """Both processes stop with exit 5 and both name the rows of the one that met the NaN."""
+    values, place = recipe(tally, {"train.effective_batch_size": 4}), tally.place("run")
+    poison = nan_in_forwards(7)
+
+    def on_the_second() -> None:
+        if os.environ["RANK"] == "1":
+            poison()
+
+    codes = [wait(pid) for pid in two(values, place, prepare=on_the_second)]
+    texts = [(place / f"log{rank}").read_text() for rank in (0, 1)]
+    expect(codes == [5, 5], f"exits {codes}: {texts[0][-500:]}")
+    named = [text.split("samples ", 1)[1].splitlines()[0] for text in texts]
+    expect(named[0] == named[1] and named[0].count("row-") == 2, f"named: {named}")
+    expect(newest(run_of(place)) == 4, f"the newest checkpoint is of step {newest(run_of(place))}")
 
 
 def _allowed(tally: Tally) -> None:
@@ -246,7 +269,7 @@ def _ledger_is_whole(run: Path, other: Path) -> None:
 
 
 FAULTS = (
-    Fault("F8", "NaN and infinity in losses, gradients, evaluations, adapters", 6, 4, "", not_finite),
+    Fault("F8", "NaN and infinity in losses, gradients, evaluations, adapters", 7, 4, "", not_finite),
     Fault("F16", "out of memory: smaller micro-batches, the same steps", 6, 3, "of the weights", out_of_memory),
 )
 MUTANTS = (

@@ -29,12 +29,12 @@ def _world(rank: int, port: int) -> dict[str, str]:
     }
 
 
-def two(values: dict[str, Any], place: Path, *, resume: bool = False) -> list[int]:
+def two(values: dict[str, Any], place: Path, *, resume: bool = False, prepare: Any = None) -> list[int]:
     """Both processes of a run, started; their ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    work = train(values, place, resume=resume)
+    work = train(values, place, resume=resume, prepare=prepare)
     if not (place / "recipe.yaml").exists():
         (place / "recipe.yaml").write_text(json.dumps(values))
     return [start(work, place / f"log{rank}", environment=_world(rank, port)) for rank in (0, 1)]
