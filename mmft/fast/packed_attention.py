@@ -140,14 +140,14 @@ def _attend(
 
 @lru_cache(maxsize=64)
 def _mask(lengths: tuple[int, ...], before: int, window: int | None, device: torch.device) -> Tensor:
-    """(rests, before + rests) bool: a token sees all before, and its own rest up to itself, within the window."""
+    """(1, 1, rests, before + rests) bool: a token sees all before, and its own rest up to itself, within the window."""
     rest = torch.cat([torch.full((length,), number) for number, length in enumerate(lengths)])
     place = torch.cat([torch.arange(length) for length in lengths]) + before
     rests, places = torch.cat((torch.full((before,), -1), rest)), torch.cat((torch.arange(before), place))
     seen = ((rests == -1) | (rests == rest[:, None])) & (places <= place[:, None])
     if window is not None:
         seen &= place[:, None] - places < window
-    return seen.to(device)
+    return seen[None, None].to(device)
 
 
 def _flash(
