@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmft.fast import head_rows, no_graph, packing, shared_prefix
+from mmft.fast import fused_norms, head, head_rows, lora_fused, no_graph, packing, products, shared_prefix
 from mmft.fast.plan import Candidate, FastPlan, Setting, Work
 from mmft.fast.plan import fast_plan as _fast_plan
 from mmft.fast.plan import install as _install
@@ -12,6 +12,11 @@ CANDIDATES: tuple[Candidate, ...] = (
     head_rows.CANDIDATE,
     packing.CANDIDATE,
     shared_prefix.CANDIDATE,
+    head.CANDIDATE,
+    lora_fused.CANDIDATE,
+    lora_fused.ONCE,
+    fused_norms.CANDIDATE,
+    products.CANDIDATE,
 )
 """A new one is entered here, and its name in `mmft.recipe.section.FastName`."""
 

@@ -30,6 +30,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
 from mmft.errors import BackboneError
+from mmft.fast.attention import attend
 
 NAME = "mmft_packed"
 Row = tuple[int, int, int, int]
@@ -126,16 +127,7 @@ def _attend(
         mask = _mask(tuple(row[1] - row[0] for row in rows), last - first, window, query.device)
     elif window is not None and end - start > window:
         mask = _mask((end - start,), 0, window, query.device)
-    return torch.nn.functional.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    return attend(q, k, v, mask=mask, causal=mask is None, scale=scale, dropout=dropout)
 
 
 @lru_cache(maxsize=64)

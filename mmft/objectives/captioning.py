@@ -56,7 +56,7 @@ class CaptioningObjective:
     def __init__(self, *, head: nn.Module | None, shape: CaptionShape, label_smoothing: float = 0.0) -> None:
         self.head = head
         self.label_smoothing = label_smoothing
-        self._options: dict[str, Any] = {"use_cache": False} if "use_cache" in shape.accepts else {}
+        self.options: dict[str, Any] = {"use_cache": False} if "use_cache" in shape.accepts else {}
 
     def count(self, batch: Batch) -> int:
         """Supervised positions of the batch."""
@@ -66,7 +66,7 @@ class CaptioningObjective:
         """`Loss(sum, count)` of one forward; `logs["correct"]` counts greedy hits."""
         rows = batch.labels != IGNORED
         with head_on_text(self.head, rows) if self.head is not None else nullcontext():
-            logits = model(**batch.inputs, **self._options).logits
+            logits = model(**batch.inputs, **self.options).logits
         if self.head is None:
             logits = logits[:, logits.shape[1] - rows.shape[1] :][rows]
         wanted = batch.labels[rows]

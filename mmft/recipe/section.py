@@ -17,7 +17,8 @@ FastName = Literal[
     "shared_prefix",
     "lora_fused",
     "nf4_once",
-    "compile",
+    "norms_fused",
+    "attention_products",
 ]
 """Optimisations that `train.fast` can name; `mmft.fast.known` holds them."""
 Positive = Annotated[int, Field(ge=1)]

@@ -1,172 +1,179 @@
-"""`make bench`: mmft against transformers' Trainer with peft on the same rows, alternating, each arm a fresh process.
+"""`make bench`: mmft against transformers' Trainer and TRL on the same rows, alternating, each arm a fresh process.
 
-Workload: a LLaVA of 6 layers, hidden 384, vocabulary 32,768, CLIP tower of 6 layers, random weights from config, one
-picture, one question and one short answer a row; LoRA r=16 on the language model's linears, bf16 autocast, batch 4.
-Prints samples/s (median step), peak memory, the ratio in each round, and both arms' first loss, which must agree.
+    python -m tests.bench.bench --workload llava --data vqa --rounds 3 --steps 24
+    python -m tests.bench.bench --workload smolvlm --data four --epochs 3 --arms hf plain all warm
+
+Arms: `hf` (Trainer + peft: bf16, sdpa, no checkpointing, fused AdamW), `trl` (SFTTrainer, likewise, where installed),
+`plain` (mmft with `train.fast: false`), `+NAME` (one optimisation added after the other, in the order they are put in),
+`all` (everything, an empty feature store) and `warm` (everything, the store filled by an earlier run). Printed:
+samples/s and real tokens/s by the wall clock, peak anonymous memory, the share of the machine's measured bf16 roof, the
+ratio to `hf` with its range over the rounds, and the greatest difference of a step's loss from `hf`, which makes a row
+valid. Models and rows: `models.py`. Run it alone on the machine; others' work shows in the ranges.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import resource
+import os
+import random
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from mmft.data.collate import Batch
-from mmft.objectives.sft import SftObjective
+from mmft.fast.known import CANDIDATES
+from tests.bench.models import LENGTHS, PIXELS, flops, save_model, save_rows
 
-IMAGE, LENGTH, ANSWER, BATCH = 9, 150, 12, 4
+ROOT = Path(__file__).resolve().parents[2]
+CLOSE = 0.05
+"""Nats a step's loss may differ by: bf16's noise on a few dozen rows."""
 
 
-def make_model() -> Any:
-    """The workload's model with LoRA on the language model's linears; the same weights in every process."""
-    torch.manual_seed(0)
-    text = LlamaConfig(
-        vocab_size=32768, hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6
+def gemm_roof() -> float:
+    """The best rate of bf16 products at the workloads' own shapes and at 2048 cubed, in operations a second."""
+    best = 0.0
+    for rows, narrow, wide in ((960, 576, 1536), (960, 1536, 576), (2048, 2048, 2048), (1024, 896, 2432)):
+        left, right = torch.randn(rows, narrow).bfloat16(), torch.randn(narrow, wide).bfloat16()
+        torch.mm(left, right)
+        for _ in range(8):
+            begin = time.perf_counter()
+            torch.mm(left, right)
+            best = max(best, 2 * rows * narrow * wide / (time.perf_counter() - begin))
+    return best
+
+
+def arms_of(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Name of each arm -> what its process is told."""
+    names = [one.name for one in CANDIDATES]
+    found: dict[str, dict[str, Any]] = {"hf": {"arm": "hf", "fast": False}}
+    if importlib.util.find_spec("trl"):
+        found["trl"] = {"arm": "trl", "fast": False}
+    found["plain"] = {"arm": "mmft", "fast": False}
+    for number, name in enumerate(names, 1):
+        found[f"+{name}"] = {"arm": "mmft", "fast": names[:number]}
+    found["all"] = {"arm": "mmft", "fast": True}
+    found["warm"] = {"arm": "mmft", "fast": True}
+    groups = {"steps": [name for name in found if name.startswith("+")]}
+    wanted = [name for word in given.arms for name in groups.get(word, [word])] or list(found)
+    unknown = sorted(set(wanted) - set(found))
+    if unknown:
+        raise SystemExit(f"no arm named {', '.join(unknown)}; there are {', '.join(found)} and the group steps")
+    return {name: found[name] for name in wanted}
+
+
+def run_arm(told: dict[str, Any], cache: Path) -> dict[str, Any]:
+    """One process; `cache` is its home for whatever it stores."""
+    environment = {**os.environ, "MMFT_CACHE": str(cache), "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "tests.bench.arms", json.dumps(told)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{told}\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Median and the middle 95 % of medians of resamples."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(2000))
+    return statistics.median(values), medians[50], medians[-51]
+
+
+def measure(given: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Figures of every arm in every round."""
+    model = save_model(folder / given.workload, given.workload)
+    count = max(given.batch, round(given.batch * given.steps / given.epochs))
+    count += -count % 4
+    rows = save_rows(folder / f"{given.workload}-{given.data}-{count}", given.workload, given.data, count)
+    shared = {"model": str(model), "rows": str(rows), "batch": given.batch, "steps": given.steps}
+    arms = arms_of(given)
+    warm = folder / "warm"
+    if "warm" in arms:
+        run_arm({**shared, **arms["warm"], "steps": -(-count // given.batch)}, warm)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+    for turn in range(given.rounds):
+        order = list(arms) if turn % 2 == 0 else list(reversed(arms))
+        for name in order:
+            cold = folder / "cold"
+            figures = run_arm({**shared, **arms[name]}, warm if name == "warm" else cold)
+            shutil.rmtree(cold, ignore_errors=True)
+            found[name].append(figures)
+            sys.stderr.write(f"round {turn + 1} {name}: {figures['samples_per_second']:.2f} samples/s\n")
+    return found
+
+
+def towers_of(name: str, given: argparse.Namespace) -> float:
+    """Pictures that have to go through the tower for each row of an arm."""
+    stored = any(one.name == "feature_store" for one in CANDIDATES)
+    if name == "warm" and stored:
+        return 0.0
+    if name == "all" and stored:
+        return (1 / 4 if given.data == "four" else 1.0) / given.epochs
+    return 1.0
+
+
+def table(found: dict[str, list[dict[str, Any]]], given: argparse.Namespace, roof: float) -> list[str]:
+    """The lines that are printed."""
+    against = "hf" if "hf" in found else next(iter(found))
+    theirs, width = found[against], max(len(name) for name in found) + 2
+    head = (
+        f"{'arm':<{width}}{'samples/s':>10}{'tokens/s':>10}{'peak GB':>9}{'of roof':>9}{'x ' + against:>8}{'95 %':>14}"
     )
-    vision = CLIPVisionConfig(
-        hidden_size=384,
-        intermediate_size=1536,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        image_size=160,
-        patch_size=16,
-    )
-    config = LlavaConfig(text_config=text, vision_config=vision, image_token_id=IMAGE)
-    model = LlavaForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
-    linears = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=linears))
-
-
-def make_rows(count: int) -> list[dict[str, torch.Tensor]]:
-    """Rows of a picture (100 tokens), a question and a supervised answer."""
-    source = torch.Generator().manual_seed(1)
-    rows = []
-    for _ in range(count):
-        ids = torch.randint(10, 32768, (LENGTH,), generator=source)
-        ids[1:101] = IMAGE
-        labels = torch.full_like(ids, -100)
-        labels[-ANSWER:] = ids[-ANSWER:]
-        pixels = torch.randn(3, 160, 160, generator=source).bfloat16()
-        rows.append({"input_ids": ids, "labels": labels, "pixel_values": pixels})
-    return rows
-
-
-def run_trainer(steps: int) -> list[tuple[float, float]]:
-    """(seconds, loss) of each step of transformers' Trainer, checkpointing off, nothing saved or reported."""
-    import tempfile
-
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    seen: list[tuple[float, float]] = []
-
-    class Watch(TrainerCallback):
-        begin = 0.0
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.begin = time.perf_counter()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            seen.append((time.perf_counter() - self.begin, 0.0))
-
-    class Logged(Trainer):
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            loss = super().compute_loss(*args, **kwargs)
-            losses.append(float((loss[0] if isinstance(loss, tuple) else loss).detach()))
-            return loss
-
-    losses: list[float] = []
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            use_cpu=True,
-            bf16=True,
-            per_device_train_batch_size=BATCH,
-            max_steps=steps,
-            learning_rate=2e-4,
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-            remove_unused_columns=False,
-            train_sampling_strategy="sequential",
-            disable_tqdm=True,
+    lines = [head + f"{'loss off':>10}"]
+    for name, ours in found.items():
+        speed = statistics.median(one["samples_per_second"] for one in ours)
+        tokens = ours[0]["tokens_per_sample"]
+        supervised = LENGTHS[given.data][1] + 1
+        work = flops(
+            given.workload,
+            tokens=tokens,
+            supervised=supervised,
+            length=tokens,
+            rank=16,
+            towers=towers_of(name, given),
         )
-        Logged(make_model(), arguments, train_dataset=make_rows(steps * BATCH), callbacks=[Watch()]).train()
-    return [(seconds, loss) for (seconds, _), loss in zip(seen, losses, strict=True)]
-
-
-def run_mmft(steps: int) -> list[tuple[float, float]]:
-    """(seconds, loss) of each step of mmft's objective with the engine's order of operations."""
-    model = make_model()
-    model.eval()
-    params = [param for param in model.parameters() if param.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=2e-4, weight_decay=0.0, fused=True)
-    objective = SftObjective(head=model.get_base_model().get_output_embeddings())
-    rows, seen = make_rows(steps * BATCH), []
-    for step in range(steps):
-        begin = time.perf_counter()
-        chunk = rows[step * BATCH : (step + 1) * BATCH]
-        inputs = {key: torch.stack([row[key] for row in chunk]) for key in ("input_ids", "pixel_values")}
-        labels = torch.stack([row["labels"] for row in chunk])
-        batch = Batch(inputs, labels, ("",) * BATCH, supervised=ANSWER * BATCH, tokens=labels.numel(), padding=0)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = objective.loss(model, batch)
-        (loss.sum / loss.count).backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seen.append((time.perf_counter() - begin, float(loss.sum.detach()) / loss.count))
-    return seen
-
-
-def one_arm(name: str, steps: int) -> None:
-    """Child process: run an arm and print its figures as JSON."""
-    seen = (run_trainer if name == "trainer" else run_mmft)(steps)
-    seconds = statistics.median(second for second, _ in seen[2:])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    sys.stdout.write(json.dumps({"samples_per_second": BATCH / seconds, "loss": seen[0][1], "peak": peak}) + "\n")
+        pairs = zip(ours, theirs, strict=True)
+        ratio, low, high = interval([one["samples_per_second"] / other["samples_per_second"] for one, other in pairs])
+        losses = zip(ours[0]["losses"], theirs[0]["losses"], strict=False)
+        off = max(abs(one - other) for one, other in losses)
+        peak = max(one["peak"] for one in ours) / 1e9
+        lines.append(
+            f"{name:<{width}}{speed:>10.2f}{speed * tokens:>10.0f}{peak:>9.2f}{speed * work / roof:>8.0%} {ratio:>8.2f}"
+            f"{f'{low:.2f}..{high:.2f}':>14}{off:>10.4f}{'' if off < CLOSE else '  NOT VALID'}"
+        )
+    return lines
 
 
 def main() -> None:
     """Alternate the arms for some rounds and print the table."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--arm")
-    parser.add_argument("--steps", type=int, default=12)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workload", choices=tuple(PIXELS), default="llava")
+    parser.add_argument("--data", choices=tuple(LENGTHS), default="vqa")
+    parser.add_argument("--steps", type=int, default=24, help="optimizer steps of an arm, warm-up included")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--epochs", type=float, default=1.0, help="passes over the rows in those steps")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--arms", nargs="*", default=[], help="names, or steps for all of +NAME; all by default")
+    parser.add_argument("--keep", help="a folder for models and rows, kept for the next table")
     given = parser.parse_args()
-    if given.arm:
-        one_arm(given.arm, given.steps)
-        return
-    found: dict[str, list[dict[str, float]]] = {"trainer": [], "mmft": []}
-    for _ in range(given.rounds):
-        for arm, figures in found.items():
-            command = [sys.executable, str(Path(__file__)), "--arm", arm, "--steps", str(given.steps)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            figures.append(json.loads(done.stdout.splitlines()[-1]))
-    lines = [f"{'arm':<28}{'samples/s':>12}{'peak GB':>10}{'first loss':>12}"]
-    for arm, figures in found.items():
-        speed = statistics.median(figure["samples_per_second"] for figure in figures)
-        peak = max(figure["peak"] for figure in figures) / 1e9
-        label = "transformers Trainer + peft" if arm == "trainer" else "mmft"
-        lines.append(f"{label:<28}{speed:>12.2f}{peak:>10.2f}{figures[0]['loss']:>12.4f}")
-    ratios = sorted(
-        ours["samples_per_second"] / theirs["samples_per_second"]
-        for ours, theirs in zip(found["mmft"], found["trainer"], strict=True)
-    )
-    lines.append(f"ratio mmft / Trainer by round: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
-    difference = abs(found["mmft"][0]["loss"] - found["trainer"][0]["loss"])
-    # bf16 logits of ln(32768) = 10.4 are spaced by 0.06; their mean over 48 rows agrees far better than that.
-    lines.append(f"first losses differ by {difference:.4f} ({'valid' if difference < 2e-2 else 'NOT VALID'})")
-    sys.stdout.write("\n".join(lines) + "\n")
+    with tempfile.TemporaryDirectory(prefix="mmft-bench-") as name:
+        folder = Path(given.keep or name)
+        folder.mkdir(parents=True, exist_ok=True)
+        roof, load = gemm_roof(), os.getloadavg()[0]
+        found = measure(given, folder)
+        shutil.rmtree(folder / "warm", ignore_errors=True)
+        roof = max(roof, gemm_roof())
+    text = f"{given.workload}, {given.data}, batch {given.batch}, {given.steps} steps, {given.epochs:g} epochs"
+    end = f"bf16 roof {roof / 1e12:.2f} TFLOP/s; load average {load:.1f} before, {os.getloadavg()[0]:.1f} after"
+    sys.stdout.write("\n".join([text, *table(found, given, roof), f"{given.rounds} rounds; {end}"]) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,141 @@
+"""Cross-entropy of a linear head with its gradient made in the forward pass: two products, nothing computed again.
+
+Formula, for rows h with target t: `z = cap(scale * (h W^T + b + s (h A^T) B^T))` with `cap(x) = c tanh(x / c)` where
+the model caps, and `-(1 - e) log softmax(z)[t] - e / V sum log softmax(z)` with label smoothing e. Products in the
+type of the forward, softmax in float32. The gradients of h (and of W, b, A, B where they are trained) are known as
+soon as the logits are, so the logits are dropped chunk by chunk: `CHUNK_BYTES` in all, where autograd keeps 10 bytes
+for each row and token of the vocabulary. Price: none in products; in evaluation no gradient is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHUNK_BYTES = 96 << 20
+"""Logits, their softmax and their gradient that exist at once."""
+LEAST_ROWS = 16
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """A vocabulary head and what its model does to the logits. `a`, `b`: LoRA's, with `scaling`."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    a: nn.Parameter | None = None
+    b: nn.Parameter | None = None
+    scaling: float = 1.0
+    scale: float = 1.0
+    cap: float | None = None
+
+    def raw(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """The linear layer's outputs, `weight` being its own in the type of `hidden`."""
+        out = F.linear(hidden, weight, None if self.bias is None else self.bias.to(hidden.dtype))
+        if self.a is not None and self.b is not None:
+            out = out + F.linear(F.linear(hidden, self.a.to(hidden.dtype)), self.b.to(hidden.dtype) * self.scaling)
+        return out
+
+    def shaped(self, raw: Tensor) -> Tensor:
+        """Logits in float32 (float64 stays): scaled, then capped."""
+        wide = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        wide = wide if self.scale == 1.0 else wide * self.scale
+        return wide if self.cap is None else torch.tanh(wide / self.cap) * self.cap
+
+
+def linear_cross_entropy(
+    hidden: Tensor, targets: Tensor, head: LinearHead, *, smoothing: float = 0.0, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """(sum of the loss over the rows of `hidden` (n, h), greedy hits); products are made in `dtype`."""
+    dtype = dtype or hidden.dtype
+    trained = (head.weight, head.bias, head.a, head.b)
+    found: tuple[Tensor, Tensor] = _LinearLoss.apply(hidden, targets, head, smoothing, dtype, *trained)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Sums:
+    """Gradients of the head's own parameters, added up over chunks in float32."""
+
+    def __init__(self, head: LinearHead, wanted: tuple[bool, ...]) -> None:
+        self.head = head
+        self.found: list[Tensor | None] = [None] * 4
+        self.wanted = wanted
+
+    def _add(self, place: int, value: Tensor) -> None:
+        if self.wanted[place]:
+            wide = value.to(torch.promote_types(value.dtype, torch.float32))
+            before = self.found[place]
+            self.found[place] = wide if before is None else before.add_(wide)
+
+    def add(self, hidden: Tensor, slope: Tensor, into: Tensor) -> None:
+        """One chunk: `slope` is that of the linear layer's outputs, `into` the gradient of `hidden` so far."""
+        head = self.head
+        if self.wanted[0]:
+            self._add(0, slope.t() @ hidden)
+        if self.wanted[1]:
+            self._add(1, slope.to(torch.promote_types(slope.dtype, torch.float32)).sum(0))
+        if head.a is not None and head.b is not None:
+            a, b = head.a.to(hidden.dtype), head.b.to(hidden.dtype) * head.scaling
+            narrow = slope @ b
+            into.addmm_(narrow, a)
+            if self.wanted[2]:
+                self._add(2, narrow.t() @ hidden)
+            if self.wanted[3]:
+                self._add(3, (slope.t() @ F.linear(hidden, a)) * head.scaling)
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: LinearHead,
+        smoothing: float,
+        dtype: torch.dtype,
+        *trained: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        wanted = ctx.needs_input_grad
+        sums = _Sums(head, wanted[5:])
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight = head.weight.detach().to(dtype)
+            rows, slope = hidden.to(dtype), torch.empty_like(hidden, dtype=dtype)
+            total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+            hits = targets.new_zeros(())
+            step = max(LEAST_ROWS, CHUNK_BYTES // (10 * len(weight)))
+            for part, goals, into in zip(rows.split(step), targets.split(step), slope.split(step), strict=True):
+                shaped = head.shaped(head.raw(part, weight))
+                hits += (shaped.argmax(-1) == goals).sum()
+                logp = torch.log_softmax(shaped, -1)
+                chosen = logp.gather(1, goals[:, None])
+                total -= (1.0 - smoothing) * chosen.sum()
+                if smoothing:
+                    total -= smoothing * logp.mean(-1).sum()
+                if any(wanted):
+                    logits = logp.exp_()
+                    logits.scatter_add_(1, goals[:, None], torch.full_like(chosen, smoothing - 1.0))
+                    if smoothing:
+                        logits -= smoothing / len(weight)
+                    if head.cap is not None:
+                        logits *= 1.0 - (shaped / head.cap).square_()
+                    if head.scale != 1.0:
+                        logits *= head.scale
+                    given = logits.to(dtype)
+                    torch.mm(given, weight, out=into)
+                    sums.add(part, given, into)
+        ctx.mark_non_differentiable(hits)
+        ctx.save_for_backward(slope if wanted[0] else None, *sums.found)
+        ctx.types = [None if one is None else one.dtype for one in (hidden, *trained)]
+        return total, hits
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
+        found = [
+            None if one is None else (one * gradient).to(kind)
+            for one, kind in zip(ctx.saved_tensors, ctx.types, strict=True)
+        ]
+        return (found[0], None, None, None, None, *found[1:])
