@@ -143,7 +143,7 @@ def wait(pid: int, *, seconds: float = 300.0) -> int:
         if found:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() > end:
-            os.kill(pid, signal.SIGKILL)
+            os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             raise TimeoutError(f"process {pid} still ran after {seconds:.0f} s")
         time.sleep(nap)
