@@ -12,7 +12,9 @@ from torch import nn
 from mmft.adapters.build import set_modes
 from mmft.data.order import StepPlan
 from mmft.data.packing import PackedRenderer
+from mmft.engine.memory import checkpoint_layers
 from mmft.errors import RecipeError
+from mmft.fast import packed_attention
 from mmft.fast.packing import demand
 from mmft.fast.plan import fast_plan
 from tests.fast.packs import KNOWN, ROWS, adapted, apart, batches_of, plain, put_in, samples, setting, take
@@ -31,6 +33,9 @@ def test_a_packed_step_is_the_plain_step(kind):
     wanted = [take(here, plain(here), number) for number in range(2)]
     plan, work = put_in(here)
     assert plan.on("packing") and isinstance(work.renderer, PackedRenderer), plan.table()
+    config = model.backbone.model.config
+    assert config.text_config._attn_implementation == packed_attention.NAME
+    assert config.vision_config._attn_implementation != packed_attention.NAME  # towers keep their own
     for number in range(2):
         found = take(here, work, number)
         assert found.count == wanted[number].count
@@ -76,6 +81,24 @@ def test_random_lengths(kind):
         found = take(here, work)
         work.release()
         assert found.loss == pytest.approx(wanted.loss, rel=EXACT) and apart(found.gradient, wanted.gradient) < EXACT
+
+
+def test_recomputed_layers_keep_their_rows_apart():
+    """The table of rows goes through checkpointing with the other arguments of a layer."""
+    model = adapted("llava")
+    here = setting(model, samples(0), STEPS)
+    wanted = take(here, plain(here))
+    layers, seen = checkpoint_layers(model), []
+    _, work = put_in(here)
+    set_modes(model)
+    for layer in layers:
+        layer.training = True
+    handle = layers[0].self_attn.register_forward_hook(lambda *_: seen.append(1))
+    found = take(here, work)
+    handle.remove()
+    assert len(seen) == 2 * found.forwards  # each forward once more in the backward pass
+    assert apart(found.gradient, wanted.gradient) < EXACT
+    work.release()
 
 
 def test_the_order_of_the_packs_does_not_matter():
