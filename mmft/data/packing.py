@@ -310,8 +310,14 @@ class PackedRenderer:
 
     def assemble(self, rows: Sequence[tuple[Sample, int]]) -> Batch:
         """One line of the rows; with `share` rows of the same pictures begin together."""
-        rendered = [self.inner.render(sample) for sample, _ in rows]
+        samples = [sample for sample, _ in rows]
         if not self.share:
-            return pack(rendered, positions=self.positions)
-        shown = shown_alike([sample.media for sample, _ in rows]).tolist()
+            return pack([self.inner.render(sample) for sample in samples], positions=self.positions)
+        shown = shown_alike([sample.media for sample in samples]).tolist()
+        rendered: list[Rendered] = []
+        for at, sample in enumerate(samples):
+            first = shown.index(shown[at]) if shown[at] >= 0 else at
+            known = first < at and len(samples[first].turns) == len(sample.turns)
+            again = self.inner.sibling(rendered[first], samples[first], sample) if known else None
+            rendered.append(again or self.inner.render(sample))
         return pack(rendered, positions=self.positions, shown=shown, media_ids=self.inner.media_ids)

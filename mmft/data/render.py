@@ -109,8 +109,8 @@ class Renderer:
         return self._guarded(sample, lambda row: self._training(row, slow=True))
 
     def sibling(self, first: Rendered, sample: Sample, other: Sample) -> Rendered:
-        """`render(other)`, where it differs from the rendered `sample` in its last answer only: the pictures are not
-        processed again. Falls back to `render` where ids and labels cannot be told from the texts."""
+        """`render(other)`, where it has the media of the rendered `sample`, which are not processed again if all stand
+        before the first difference. Falls back to `render` where ids and labels cannot be told from the texts."""
         return self._guarded(other, lambda row: self._sibling(first, sample, row)) or self.render(other)
 
     def length(self, sample: Sample) -> int:
@@ -175,7 +175,8 @@ class Renderer:
         """Ids up to where the two texts part as they are, the rest from the text; None where that is not sure."""
         whole = first.input_ids.tolist()
         per_token = any(tuple(value.shape[:2]) == (1, len(whole)) for value in first.media.values())
-        if not self.tokenizer.is_fast or per_token or self.supervise != "last_answer":
+        one = self.supervise == "last_answer" or sum(turn.role == "assistant" for turn in other.turns) == 1
+        if not self.tokenizer.is_fast or per_token or not one:
             return None
         text = self.text(other.turns)
         before, _ = self._plain(self.text(sample.turns))

@@ -37,6 +37,8 @@ def holds(setting: Setting) -> tuple[bool, str]:
         return False, f"rows do not stand in a line: {packing.by_structure(setting) or reason}"
     if any(sample.augment is not None for sample in setting.samples):
         return False, "data.augmentation changes the picture of every row on its own"
+    if setting.recipe.data.over_length == "shrink_images":
+        return False, "data.over_length: shrink_images makes a picture's size depend on its question"
     repeated = _repeated(setting.samples)
     if not repeated:
         return False, "every row shows pictures of its own, or none"

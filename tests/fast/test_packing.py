@@ -11,12 +11,14 @@ from torch import nn
 
 from mmft.adapters.build import set_modes
 from mmft.data.order import StepPlan
-from mmft.data.packing import PackedRenderer
+from mmft.data.packing import PackedRenderer, pack, shown_alike
+from mmft.data.render import Renderer
 from mmft.engine.memory import checkpoint_layers
 from mmft.errors import RecipeError
 from mmft.fast import packed_attention
 from mmft.fast.packing import demand
 from mmft.fast.plan import fast_plan
+from tests.data.test_loader import same
 from tests.fast.packs import KNOWN, ROWS, adapted, apart, batches_of, plain, put_in, samples, setting, take
 
 STEPS = StepPlan(ROWS, 2, 4)
@@ -99,6 +101,19 @@ def test_recomputed_layers_keep_their_rows_apart():
     assert len(seen) == 2 * found.forwards  # each forward once more in the backward pass
     assert apart(found.gradient, wanted.gradient) < EXACT
     work.release()
+
+
+def test_a_picture_is_opened_once_for_all_its_questions(monkeypatch):
+    rows = samples(1, bare=False)[:6]
+    renderer = Renderer(adapted("llava").backbone.processor, max_length=512)
+    each = [renderer.render(row) for row in rows]
+    opened, plain_open = [], renderer.opener.open
+    monkeypatch.setattr(renderer.opener, "open", lambda ref: opened.append(ref) or plain_open(ref))
+    found = PackedRenderer(renderer, share=True).assemble([(row, 0) for row in rows])
+    shown = shown_alike([row.media for row in rows]).tolist()
+    assert len(opened) == len(set(shown)) < len(rows)
+    wanted = pack(each, shown=shown, media_ids=renderer.media_ids)
+    assert same(found, wanted)
 
 
 def test_the_order_of_the_packs_does_not_matter():
