@@ -16,6 +16,7 @@ from mmft.data.render import Renderer
 from mmft.engine.memory import checkpoint_layers
 from mmft.errors import RecipeError
 from mmft.fast import packed_attention
+from mmft.fast.attention import choose_products
 from mmft.fast.packing import demand
 from mmft.fast.plan import fast_plan
 from tests.data.test_loader import same
@@ -101,6 +102,23 @@ def test_recomputed_layers_keep_their_rows_apart():
     assert len(seen) == 2 * found.forwards  # each forward once more in the backward pass
     assert apart(found.gradient, wanted.gradient) < EXACT
     work.release()
+
+
+@pytest.mark.parametrize("kind", ["llava", "window"])
+def test_with_attention_by_products(kind):
+    """The other attention of a CPU, which a run may choose: masks of windows and shared beginnings fit it too."""
+    model = adapted(kind)
+    here = setting(model, samples(1), STEPS, train_sampling_strategy="group_by_media")
+    wanted = take(here, plain(here))
+    plan, work = put_in(here)
+    assert plan.on("shared_prefix")
+    before = choose_products(True)
+    try:
+        found = take(here, work)
+    finally:
+        choose_products(before)
+        work.release()
+    assert found.loss == pytest.approx(wanted.loss, rel=EXACT) and apart(found.gradient, wanted.gradient) < EXACT
 
 
 def test_a_picture_is_opened_once_for_all_its_questions(monkeypatch):
