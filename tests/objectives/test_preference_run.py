@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,30 @@ def test_reference_kept_on_disk_trains_the_same_bytes(
     assert len(set(found)) == 1
     tables = list((tmp_path / "cache" / "reference").glob("*.npz"))
     assert len(tables) == 1  # rows of equal content: the second run read what the first had kept
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "reward"])
+def test_two_processes_learn_the_same(name: str, tmp_path: Path) -> None:
+    """Up to the rounding of sums over other batches; the evaluation is of the same rows."""
+    small = {"train.max_steps": 3, "train.eval_steps": 3, "export.merge": False, "evaluate.models": ["adapter"]}
+    runs_of = {}
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        path = recipe(folder, name, **small)
+        if world == 1:
+            mmft.train(path, quiet=True)
+        else:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+            outcome = runs.run_process(*launch, "-m", "mmft", "train", path, ACCELERATE_USE_CPU="true")
+            assert outcome.code == 0, outcome.err
+        lines = (folder / "runs/tiny/metrics.jsonl").read_text().splitlines()
+        runs_of[world] = [json.loads(line) for line in lines]
+    one, two = runs_of[1], runs_of[2]
+    assert [sorted(row) for row in one] == [sorted(row) for row in two] and len(one) >= 3
+    same = ("loss", "eval_loss", "grad_norm", "preference_accuracy", "reward_margin", "supervised_tokens")
+    for left, right in zip(one, two, strict=True):
+        for key in left.keys() & set(same):
+            assert left[key] == pytest.approx(right[key], abs=1e-5, rel=1e-4), key
 
 
 def test_whole_weights_need_a_kept_reference(tmp_path: Path) -> None:
