@@ -32,8 +32,9 @@ def answer_rewards(
 ) -> Tensor:
     """The reward of every answer, (R,) float32.
 
-    The states are caught where the `vocabulary` head gets them, which is then computed for one token only. The reward
-    enters the forward's output with weight zero, so that a distributed wrapper knows the head as used.
+    The states are caught where the `vocabulary` head gets them, which is then computed for one token only. For a
+    distributed wrapper, which looks for what was used in the forward's output, that output hangs on the reward (with
+    weight zero) and not on the vocabulary head, whose adapters get no gradient here.
     """
     ids = batch.inputs["input_ids"]
     last = batch.last.to(ids.device)
@@ -47,7 +48,7 @@ def answer_rewards(
         return (hidden[:, :1], *args[1:])
 
     def tie(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        return out + 0.0 * caught[-1].sum().to(out.dtype)
+        return out.detach() + 0.0 * caught[-1].sum().to(out.dtype)
 
     handles = [vocabulary.register_forward_pre_hook(catch), vocabulary.register_forward_hook(tie)]
     try:
