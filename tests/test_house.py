@@ -91,7 +91,7 @@ FIELDS = {
     "objective: sft": "label_smoothing_factor",
     "objective: contrastive": "loss captions_per_image train_logit_scale cache_features probe_set probe_max_drop"
     " probe_action",
-    "objective: reward": "margin centre_weight",
+    "objective: reward": "margin centre_weight answer_weight",
     "objective: dpo": "beta precompute_reference loss_type label_noise image_weight rejected_image sft_weight",
     "objective: kto": "beta precompute_reference desirable_weight undesirable_weight",
     "objective: orpo": "beta",

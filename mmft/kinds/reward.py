@@ -85,6 +85,7 @@ class Reward(Kind):
             head=getattr(adapted.model, HEAD),
             margin=recipe.objective.margin,
             centre_weight=recipe.objective.centre_weight,
+            answer_weight=recipe.objective.answer_weight,
             ahead=ahead,
         )
         renderer, device = preference_renderer(datasets), next(adapted.model.parameters()).device
@@ -177,9 +178,10 @@ class Reward(Kind):
     def memory(
         self, recipe: Recipe, backbone: Backbone, *, trainable: int, lengths: Mapping[str, Sequence[int]] | None
     ) -> dict[str, int] | None:
-        """Activations as for two conversations a row; no token scores."""
-        found = Chat().memory(recipe, backbone, trainable=trainable, lengths=lengths)
-        return found and {"activations": 2 * found["activations"], "logits": 0}
+        """Activations as for two conversations a row; scores of one token an answer where `answer_weight` wants them."""
+        seen = {"all": lengths["all"] if lengths else [512], "supervised": [int(recipe.objective.answer_weight > 0)]}
+        found = Chat().memory(recipe, backbone, trainable=trainable, lengths=seen)
+        return found and {name: 2 * value for name, value in found.items()}
 
 
 def reward_head(run: RunFolder, adapted: Adapted) -> nn.Linear:

@@ -1,7 +1,13 @@
 """Reward models: one number for an answer, read off the state of its last token by a linear head in fp32.
 
-Loss: Plackett-Luce over each ranking (for pairs Bradley-Terry, with a margin where the rows' scores give one), and a
-term that keeps rewards around zero. The head sits beside the vocabulary head, so any generative backbone will do.
+Loss: Plackett-Luce over each ranking (for pairs Bradley-Terry, with a margin where the rows' scores give one), a term
+that keeps rewards around zero, and one that teaches the read state the true answer. The head sits beside the vocabulary
+head, so any generative backbone will do.
+
+Why the last: a language model works an answer out at the token before it, in all its layers, and no later token can
+read what only the last layer holds. The state behind the answer therefore need not know what is true, and a comparison
+gives a small model no gradient towards finding out. `answer_weight` asks that state, through the vocabulary head, for
+the first token of the ranking's best answer, whatever answer stands before it.
 """
 
 from __future__ import annotations
@@ -9,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmft.data.collate import Batch
@@ -30,11 +37,25 @@ def make_head(hidden: int) -> nn.Linear:
 def answer_rewards(
     model: nn.Module, vocabulary: nn.Module, head: nn.Linear, batch: PreferenceBatch, *, ahead: int = 0
 ) -> Tensor:
-    """The reward of every answer, (R,) float32.
+    """The reward of every answer, (R,) float32."""
+    return judge(model, vocabulary, head, batch, ahead=ahead)[0]
 
-    The states are caught where the `vocabulary` head gets them, which is then computed for one token only. For a
-    distributed wrapper, which looks for what was used in the forward's output, that output hangs on the reward (with
-    weight zero) and not on the vocabulary head, whose adapters get no gradient here.
+
+def judge(
+    model: nn.Module,
+    vocabulary: nn.Module,
+    head: nn.Linear,
+    batch: PreferenceBatch,
+    *,
+    ahead: int = 0,
+    words: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The reward of every answer, (R,) float32; with `words` also the vocabulary's scores after it, (R, V) float32.
+
+    The states are caught where the `vocabulary` head gets them, which is then computed for them alone, or without
+    `words` for one token. For a distributed wrapper, which looks for what was used in the forward's output, that
+    output hangs on the reward (with weight zero), and without `words` not on the vocabulary head, whose adapters get
+    no gradient there.
     """
     ids = batch.inputs["input_ids"]
     last = batch.last.to(ids.device)
@@ -45,18 +66,18 @@ def answer_rewards(
         states = hidden.reshape(-1, hidden.shape[-1])[last]
         with torch.autocast(states.device.type, enabled=False):
             caught.append(head(states.to(head.weight.dtype))[:, 0])
-        return (hidden[:, :1], *args[1:])
+        return (states[None] if words else hidden[:, :1], *args[1:])
 
     def tie(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        return out.detach() + 0.0 * caught[-1].sum().to(out.dtype)
+        return (out if words else out.detach()) + 0.0 * caught[-1].sum().to(out.dtype)
 
     handles = [vocabulary.register_forward_pre_hook(catch), vocabulary.register_forward_hook(tie)]
     try:
-        model(**batch.inputs, use_cache=False)
+        out = model(**batch.inputs, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return caught[-1]
+    return caught[-1], out.logits[0].float() if words else None
 
 
 class RewardObjective:
@@ -76,23 +97,23 @@ class RewardObjective:
         head: nn.Linear,
         margin: bool = False,
         centre_weight: float = 0.0,
+        answer_weight: float = 0.0,
         ahead: int = 0,
     ) -> None:
         self.vocabulary, self.head, self.ahead = vocabulary, head, ahead
-        self.margin, self.centre_weight = margin, centre_weight
+        self.margin, self.centre_weight, self.answer_weight = margin, centre_weight, answer_weight
+        if answer_weight:
+            self.metrics = {**self.metrics, "truth_known": ("known", "answers")}
 
     def count(self, batch: Batch) -> int:
         """Rankings of the batch."""
         return len(batch.ids)
 
-    def rewards(self, model: nn.Module, batch: PreferenceBatch) -> Tensor:
-        """The reward of every answer, (R,)."""
-        return answer_rewards(model, self.vocabulary, self.head, batch, ahead=self.ahead)
-
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """Sum over rankings."""
         assert isinstance(batch, PreferenceBatch)
-        rewards = self.rewards(model, batch)
+        words = self.answer_weight > 0
+        rewards, scores = judge(model, self.vocabulary, self.head, batch, ahead=self.ahead, words=words)
         owner, rank = batch.owner.to(rewards.device), batch.rank.to(rewards.device)
         total = ranking_loss(rewards, owner, rank, batch.score.to(rewards) if self.margin else None).sum()
         if self.centre_weight:
@@ -101,7 +122,21 @@ class RewardObjective:
         gaps = _gaps(rewards.detach(), owner, rank)
         logs = {"right": (gaps > 0).sum(), "pairs": torch.tensor(len(gaps)), "margin": gaps.sum()}
         logs |= {"rewards": rewards.detach().sum(), "answers": torch.tensor(len(rewards))}
+        if scores is not None:
+            best = best_tokens(batch).to(scores.device)
+            each = F.cross_entropy(scores, best, reduction="none")
+            total = total + self.answer_weight * (each / torch.bincount(owner)[owner]).sum()
+            logs["known"] = (scores.detach().argmax(-1) == best).sum()
         return Loss(sum=total, count=len(batch.ids), logs=logs)
+
+
+def best_tokens(batch: PreferenceBatch) -> Tensor:
+    """Of every answer the first token of the best one to its prompt, (R,)."""
+    first = torch.searchsorted(batch.row, torch.arange(len(batch.owner)))  # `row` ascends
+    best = torch.zeros(len(batch.ids), dtype=torch.long)
+    top = batch.rank == 0
+    best[batch.owner[top]] = batch.target[first[top]]
+    return best[batch.owner]
 
 
 def ranking_loss(rewards: Tensor, owner: Tensor, rank: Tensor, score: Tensor | None) -> Tensor:

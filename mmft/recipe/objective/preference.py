@@ -71,6 +71,9 @@ class RewardFields(Section):
     """A pair's difference of scores is the margin of its rewards."""
     centre_weight: Weight = 0.0
     """Weight of the squared sum of a pair's rewards, which keeps them around zero."""
+    answer_weight: Weight = 0.0
+    """Weight of the cross-entropy with which the state of each answer's last token must give the best answer's first
+    token; without it a small model may not learn to tell right from wrong at all."""
 
 
 PREFERENCE_READS: dict[str, tuple[type[Section], ...]] = {
