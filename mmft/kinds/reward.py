@@ -178,7 +178,7 @@ class Reward(Kind):
     def memory(
         self, recipe: Recipe, backbone: Backbone, *, trainable: int, lengths: Mapping[str, Sequence[int]] | None
     ) -> dict[str, int] | None:
-        """Activations as for two conversations a row; scores of one token an answer where `answer_weight` wants them."""
+        """Activations as for two conversations a row; scores of one token an answer with `answer_weight`."""
         seen = {"all": lengths["all"] if lengths else [512], "supervised": [int(recipe.objective.answer_weight > 0)]}
         found = Chat().memory(recipe, backbone, trainable=trainable, lengths=seen)
         return found and {name: 2 * value for name, value in found.items()}

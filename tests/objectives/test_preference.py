@@ -15,6 +15,7 @@ from mmft.data.sample import Candidate, Sample
 from mmft.objectives.preference import PreferenceObjective, Settings
 from mmft.objectives.preference_forward import answer_logps, share_where_exact
 from mmft.objectives.reference import AdapterOff, Kept, make_table
+from mmft.objectives.reward import RewardObjective, best_tokens, make_head
 from tests.objectives.answers import tiny_preferences, tiny_renderer
 from tests.tiny import tiny_vlm
 
@@ -236,3 +237,32 @@ def test_digest_of_an_answer_is_that_of_its_content(samples: list[Sample]) -> No
     batch = batch_of(samples)
     renamed = batch_of([dataclasses.replace(sample, id=f"x{i}", source="y") for i, sample in enumerate(samples)])
     assert batch.keys == renamed.keys and len(set(batch.keys)) == len(batch.keys)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_best_tokens_begin_the_best_answers(samples: list[Sample], share: bool) -> None:
+    renderer = tiny_renderer(share=share)
+    batch = renderer.assemble([(sample, 0) for sample in samples])
+    tokenizer = renderer.chat.tokenizer
+    best = [tokenizer.encode(sample.candidates[0].text, add_special_tokens=False)[0] for sample in samples]
+    assert best_tokens(batch).tolist() == [best[b] for b in batch.owner.tolist()]
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_answer_weight_asks_the_last_states_for_the_truth(samples: list[Sample], share: bool) -> None:
+    """The term is the cross-entropy at the answers' last tokens, by a plain forward of each answer alone."""
+    model, batch = adapted("llava"), batch_of(samples, share=share)
+    head = make_head(model.get_base_model().config.get_text_config().hidden_size)
+    torch.nn.init.normal_(head.weight)
+    plain = RewardObjective(vocabulary=head_of(model), head=head)
+    asked = RewardObjective(vocabulary=head_of(model), head=head, answer_weight=0.5)
+    one, other = plain.loss(model, batch), asked.loss(model, batch)
+    single, wanted = tiny_renderer(), torch.zeros(())
+    for sample in samples:
+        alone = single.assemble([(sample, 0)])
+        logits = model(**alone.inputs, use_cache=False).logits.flatten(0, 1)[alone.last].float()
+        wanted = wanted + torch.nn.functional.cross_entropy(logits, best_tokens(alone))
+    torch.testing.assert_close(other.sum - one.sum, 0.5 * wanted, **EXACT)
+    assert "truth_known" in asked.metrics and "truth_known" not in plain.metrics
+    other.sum.backward()
+    assert gradients(model).norm() > 0

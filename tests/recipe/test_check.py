@@ -308,6 +308,7 @@ CASES = [
             "undesirable_weight": 2.0,
             "margin": "true",
             "centre_weight": 0.1,
+            "answer_weight": 0.5,
         }.items()
     ],
     (
