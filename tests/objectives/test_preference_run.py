@@ -56,14 +56,16 @@ def test_reference_kept_on_disk_trains_the_same_bytes(
     assert len(tables) == 1  # rows of equal content: the second run read what the first had kept
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto", "reward"])
-def test_two_processes_learn_the_same(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "more"), [("dpo", {}), ("kto", {}), ("reward", {}), ("reward", {"objective.answer_weight": 0.5})]
+)
+def test_two_processes_learn_the_same(name: str, more: dict[str, Any], tmp_path: Path) -> None:
     """Up to the rounding of sums over other batches; the evaluation is of the same rows."""
     small = {"train.max_steps": 3, "train.eval_steps": 3, "export.merge": False, "evaluate.models": ["adapter"]}
     runs_of = {}
     for world in (1, 2):
         folder = tmp_path / str(world)
-        path = recipe(folder, name, **small)
+        path = recipe(folder, name, **small, **more)
         if world == 1:
             mmft.train(path, quiet=True)
         else:
@@ -74,7 +76,15 @@ def test_two_processes_learn_the_same(name: str, tmp_path: Path) -> None:
         runs_of[world] = [json.loads(line) for line in lines]
     one, two = runs_of[1], runs_of[2]
     assert [sorted(row) for row in one] == [sorted(row) for row in two] and len(one) >= 3
-    same = ("loss", "eval_loss", "grad_norm", "preference_accuracy", "reward_margin", "supervised_tokens")
+    same = (
+        "loss",
+        "eval_loss",
+        "grad_norm",
+        "preference_accuracy",
+        "reward_margin",
+        "truth_known",
+        "supervised_tokens",
+    )
     for left, right in zip(one, two, strict=True):
         for key in left.keys() & set(same):
             assert left[key] == pytest.approx(right[key], abs=1e-5, rel=1e-4), key
