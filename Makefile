@@ -45,8 +45,8 @@ test-faults: $(VENV)/.test  ## kills, full disks, rot, hostile files at full cou
 test-mutants: $(VENV)/.test  ## one-line breaks of mmft, each of which must make its fault's reduced trials fail
 	$(BIN)/python -m tests.mutants
 
-bench: $(VENV)/.test  ## ratios against the plain path, measured in one run
-	$(BIN)/python tests/bench/bench.py
+bench: $(VENV)/.test  ## the fast path against transformers' Trainer and TRL (BENCH="--workload smolvlm --data four --epochs 3")
+	$(BIN)/python -m tests.bench.bench $(BENCH)
 
 bench-rl: $(VENV)/.test  ## the recipes that learn from preferences and rewards, whole, three seeds each (about an hour)
 	$(BIN)/python tests/bench/bench_rl.py
