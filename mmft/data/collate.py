@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
+from mmft.data.pictures import Pictures
 from mmft.data.render import IGNORED, Rendered
 
 Side = Literal["right", "left"]
@@ -22,15 +23,16 @@ class Batch:
 
     `inputs` go to the model as they are: input_ids and attention_mask (B, T), media tensors. `labels` (B, T) are -100
     where no loss. `supervised` counts label positions with loss after the shift, `tokens` the real tokens, `padding`
-    the rest.
+    the rest. `pictures` of the rows that have some (in the order of their places) go to the tower by themselves.
     """
 
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, Any]
     labels: torch.Tensor
     ids: tuple[str, ...]
     supervised: int
     tokens: int
     padding: int
+    pictures: tuple[Pictures, ...] = field(default=(), kw_only=True)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -64,6 +66,7 @@ def collate(rows: Sequence[Rendered], *, pad_token_id: int, side: Side = "right"
         supervised=int((labels[:, 1:] != IGNORED).sum()),
         tokens=tokens,
         padding=labels.numel() - tokens,
+        pictures=tuple(row.pictures for row in rows if row.pictures is not None),
     )
 
 

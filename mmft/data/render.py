@@ -17,6 +17,7 @@ from PIL import Image
 
 from mmft.data.masks import AnswerSpans, Span, common_prefix, expand, prefix_spans, token_spans
 from mmft.data.opened import Measure, MediaOpener, Opened, blank, measure_of
+from mmft.data.pictures import Pictures
 from mmft.data.sample import MediaRef, Piece, Sample, Turn
 from mmft.data.shrink import Size, shrink
 from mmft.errors import DataError, MmftError, Problem
@@ -38,6 +39,7 @@ class Rendered:
 
     `input_ids` and `labels` are (T,) int64, labels -100 where no loss, not shifted. `media` is all else the processor
     returned, each tensor with its leading dimension: rows ((1, ...), named in `per_row`) or media ((count, ...)).
+    `pictures` go to the tower by themselves; their pixels are then not in `media`.
     """
 
     id: str
@@ -47,6 +49,7 @@ class Rendered:
     text_tokens: int
     media_tokens: int
     per_row: frozenset[str] = frozenset()
+    pictures: Pictures | None = None
 
 
 class Renderer:

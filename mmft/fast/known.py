@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from mmft.fast import fused_norms, head, head_rows, lora_fused, no_graph, packing, products, shared_prefix
+from mmft.fast import (
+    feature_store,
+    fused_norms,
+    head,
+    head_rows,
+    lora_fused,
+    no_graph,
+    packing,
+    products,
+    shared_prefix,
+)
 from mmft.fast.plan import Candidate, FastPlan, Setting, Work
 from mmft.fast.plan import fast_plan as _fast_plan
 from mmft.fast.plan import install as _install
@@ -10,6 +20,7 @@ from mmft.fast.plan import install as _install
 CANDIDATES: tuple[Candidate, ...] = (
     no_graph.CANDIDATE,
     head_rows.CANDIDATE,
+    feature_store.CANDIDATE,
     packing.CANDIDATE,
     shared_prefix.CANDIDATE,
     head.CANDIDATE,

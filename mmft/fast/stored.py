@@ -1,0 +1,165 @@
+"""A renderer that takes a row's pictures from the feature store, and does not open those it finds there.
+
+A picture's place in the text becomes the same tokens whatever stands around it, as long as these begin and end with
+tokens that no text merges with; which tokens, and what else the language model is told (grids, token types), is kept
+with the features and checked on the row that is stored. The unit is all pictures of a row, because some processors
+treat a picture by how many there are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmft.data.masks import Span
+from mmft.data.media import media_digest
+from mmft.data.pictures import Pictures
+from mmft.data.render import Rendered, Renderer
+from mmft.data.sample import MediaRef, Sample, Turn
+from mmft.fast.slabs import Slabs
+
+_TOKENS, _KEPT, _ALONG = "tokens/", "kept/", "along/"
+FEATURES = "features/"
+"""Names of an entry's tensors: tokens of each place, what the model is told, what goes along the tokens, features."""
+
+
+def address(media: Sequence[MediaRef], space: str) -> str:
+    """Hex sha256 of the pictures' bytes, in order, in a space (`Tower.digest`)."""
+    return hashlib.sha256("".join([space, *map(media_digest, media)]).encode()).hexdigest()
+
+
+class _Unit(list[Image.Image]):
+    """The pictures of a row: decoded, or `known` and only decoded by `opened`."""
+
+    def __init__(self, key: str, known: Mapping[str, Tensor], opened: Callable[[], list[Image.Image]]) -> None:
+        super().__init__(() if known else opened())
+        self.key, self.known, self.opened = key, known, opened
+
+
+class StoredRenderer(Renderer):
+    """`inner` with features in the place of pixels: `Rendered.pictures` holds what the tower needs, or its answer."""
+
+    def __init__(self, inner: Renderer, slabs: Slabs, *, space: str, takes: frozenset[str]) -> None:
+        super().__init__(
+            inner.processor,
+            max_length=inner.max_length,
+            over_length=inner.over_length,
+            supervise=inner.supervise,
+            max_image_pixels=inner.max_image_pixels,
+        )
+        self.slabs, self.space, self.takes = slabs, space, takes
+        self.opened = 0
+        self._unit: _Unit | None = None
+        decoder = getattr(self.tokenizer, "added_tokens_decoder", {})
+        self._solid = {*self.tokenizer.all_special_ids, *decoder}
+
+    def _images(self, turns: Sequence[Turn], media: Sequence[MediaRef], *, prompt: bool) -> list[Image.Image]:
+        self._unit = None
+        if prompt or not media:
+            return super()._images(turns, media, prompt=prompt)
+
+        def opened() -> list[Image.Image]:
+            self.opened += len(media)
+            return super(StoredRenderer, self)._images(turns, media, prompt=prompt)
+
+        key = address(media, self.space)
+        self._unit = _Unit(key, self.slabs.get(key) or {}, opened)
+        return self._unit
+
+    def _process(self, text: str, images: list[Image.Image]) -> dict[str, Tensor]:
+        if isinstance(images, _Unit) and images.known:
+            return self._placed(text, images.known)
+        return super()._process(text, images)
+
+    def _slow_ranges(self, turns: tuple[Turn, ...], text: str, ids: list[int], images: list[Image.Image]) -> list[Span]:
+        plain = images.opened() if isinstance(images, _Unit) and images.known else list(images)
+        return super()._slow_ranges(turns, text, ids, plain)
+
+    def _rendered(self, sample: Sample, data: dict[str, Tensor], labels: Tensor) -> Rendered:
+        unit, self._unit = self._unit, None
+        row = super()._rendered(sample, data, labels)
+        if unit is None:
+            return row
+        told = {name: value for name, value in row.media.items() if not name.startswith("pixel")}
+        if unit.known:
+            features = {name: value for name, value in unit.known.items() if name.startswith(FEATURES)}
+            pictures = Pictures(unit.key, known=features)
+        else:
+            record = self._record(row, self.text(sample.turns), unit)
+            inputs = {name: value for name, value in row.media.items() if name in self.takes}
+            pictures = Pictures(unit.key if record else "", inputs=inputs, record=record)
+        return dataclasses.replace(row, media=told, per_row=row.per_row & told.keys(), pictures=pictures)
+
+    # -- a place and its tokens -------------------------------------------------------------------------------------
+
+    def _places(self, short: list[int]) -> list[int]:
+        return torch.isin(torch.tensor(short), self._media_ids).nonzero().flatten().tolist()
+
+    def _record(self, row: Rendered, text: str, unit: _Unit) -> dict[str, Tensor]:
+        """What is kept beside the features; {} where the row's tokens are not its text's with the places replaced."""
+        short, whole = self._plain(text)[0], row.input_ids.tolist()
+        places = self._places(short)
+        if len(places) != len(unit):
+            return {}
+        lengths = [self._gain(image.size) + 1 for image in unit]
+        if len(unit) == 1:
+            lengths = [len(whole) - len(short) + 1]
+        found: dict[str, Tensor] = {}
+        spans, at, done = [], 0, 0
+        for number, (place, length) in enumerate(zip(places, lengths, strict=True)):
+            start = at + place - done
+            tokens = whole[start : start + length]
+            if whole[at:start] != short[done:place] or not tokens or not {tokens[0], tokens[-1]} <= self._solid:
+                return {}
+            found[f"{_TOKENS}{number}"] = torch.tensor(tokens, dtype=torch.int32)
+            spans.append(slice(start, start + length))
+            at, done = start + length, place + 1
+        if whole[at:] != short[done:]:
+            return {}
+        for name, value in row.media.items():
+            if tuple(value.shape[:2]) == (1, len(whole)) and not value.is_floating_point():
+                beside = torch.ones(len(whole), dtype=torch.bool)
+                for span in spans:
+                    beside[span] = False
+                if len(value[0, beside].unique(dim=0)) > 1:
+                    return {}
+                found[f"{_ALONG}{name}/rest"] = value[0, beside][:1]
+                for number, span in enumerate(spans):
+                    found[f"{_ALONG}{name}/{number}"] = value[0, span]
+            elif not name.startswith("pixel"):
+                found[f"{_KEPT}{name}"] = value
+        return found
+
+    def _placed(self, text: str, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the processor would say of a text and these pictures, but for the pixels."""
+        short = self._plain(text)[0]
+        places = self._places(short)
+        data: dict[str, Any] = {name.removeprefix(_KEPT): v for name, v in known.items() if name.startswith(_KEPT)}
+
+        def line(rest: Callable[[list[int]], Tensor], filled: Callable[[int], Tensor]) -> Tensor:
+            """(1, T): texts as `rest` of their ids, places as `filled` of their number."""
+            parts, done = [], 0
+            for number, place in enumerate(places):
+                parts += [rest(short[done:place]), filled(number)]
+                done = place + 1
+            return torch.cat([*parts, rest(short[done:])])[None]
+
+        def ids(part: list[int]) -> Tensor:
+            return torch.tensor(part, dtype=torch.int64)
+
+        data["input_ids"] = line(ids, lambda number: known[f"{_TOKENS}{number}"].long())
+        data["attention_mask"] = torch.ones_like(data["input_ids"])
+        along = {name.split("/")[1] for name in known if name.startswith(_ALONG)}
+        for name in sorted(along):
+            one = known[f"{_ALONG}{name}/rest"]
+            data[name] = line(
+                lambda part, one=one: one.expand(len(part), *one.shape[1:]),  # type: ignore[misc]
+                lambda number, name=name: known[f"{_ALONG}{name}/{number}"],  # type: ignore[misc]
+            )
+        return data
