@@ -56,8 +56,8 @@ def holds(setting: Setting) -> tuple[bool, str]:
     if trained:
         part = setting.adapted.home(trained[0])[0]
         return False, f"{part} is trained ({trained[0]}), so its features change with every step"
-    if METHODS[recipe.adapter.method].place == "prompt":
-        return False, f"the forward of {recipe.adapter.method} tuning passes inputs on in its own way"
+    if METHODS[setting.adapted.method].place == "prompt":
+        return False, f"the forward of {setting.adapted.method} tuning passes inputs on in its own way"
     if recipe.data.over_length == "shrink_images":
         return False, "data.over_length: shrink_images makes a picture's size depend on its question"
     return True, "tower and projector are frozen, without dropout or augmentation"

@@ -60,8 +60,6 @@ def test_a_known_picture_is_not_opened(tmp_path, kind, monkeypatch):
     for name in set(first.inputs) - {"mm_encoder_outputs"}:
         assert torch.equal(first.inputs[name], again.inputs[name]), name
     assert torch.equal(first.labels, again.labels) and first.tokens == again.tokens
-    _, _, later = both(replace(setting, samples=setting.samples), "feature_store") if False else (0, 0, work)
-    assert later.prepare.hits >= ROWS
 
 
 def test_another_question_about_a_known_picture(tmp_path):
@@ -150,7 +148,7 @@ def test_a_torn_entry_is_computed_again(tmp_path):
     want = loss_and_gradients(work, setting, range(ROWS))
     (path,) = Path(cache_folder()).rglob("*.slab")
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 255
+    data[len(data) // 2 + 500] ^= 255
     path.write_bytes(data)
     _, _, again = both(setting, "feature_store")
     found = loss_and_gradients(again, setting, range(ROWS))
@@ -170,19 +168,19 @@ def test_a_full_cache_changes_no_number(tmp_path, monkeypatch):
     assert full.renderer.slabs.full and full.renderer.opened == 2 * ROWS
 
 
+WHOLE = AdapterSection(lora_rank=4, targets=("language", "projector"), parts={"projector": PartAdapter(mode="full")})
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"adapter": AdapterSection(lora_rank=4, targets=("vision", "language"))}, "vision is trained"),
         ({"adapter": AdapterSection(lora_rank=4, targets=("language", "projector"))}, "projector is trained"),
-        (
-            {"adapter": AdapterSection(lora_rank=4, targets=("language", "projector"), parts={"projector": PartAdapter(mode="full")})},
-            "projector is trained",
-        ),
+        ({"adapter": WHOLE}, "projector is trained"),
         ({"adapter": AdapterSection(method="prompt", targets=("language",))}, "prompt tuning"),
         ({"kind": "mllama"}, "takes no features"),
     ],
-)  # fmt: skip
+)
 def test_where_it_would_not_be_exact_it_says_why(tmp_path, change, reason):
     on, told = holds(small_setting(tmp_path, **change))
     assert not on and reason in told
