@@ -30,6 +30,7 @@ __all__ = [
     "train",
     "validate",
     "verify",
+    "verify_fast",
 ]
 
 
@@ -187,6 +188,16 @@ def plan(recipe: RecipeLike, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from mmft.planning import make_plan
 
     return make_plan(recipe, overrides)
+
+
+def verify_fast(recipe: RecipeLike, overrides: Sequence[str] = (), *, batches: int = 4) -> dict[str, Any]:
+    """Replay real steps of a recipe on the plain and on the fast path: differences of loss and gradients, seconds."""
+    from mmft.quiet import quiet_upstream
+
+    quiet_upstream()
+    from mmft.replay import verify_fast as replay
+
+    return replay(recipe, overrides, batches=batches)
 
 
 def preview(recipe: RecipeLike, overrides: Sequence[str] = (), *, rows: int = 8, out: str | Path | None = None) -> Path:

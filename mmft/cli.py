@@ -155,6 +155,22 @@ def plan(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -> 
 
 
 @app.command()
+def verify_fast(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    batches: Annotated[int, typer.Option(help="Optimizer steps that are replayed.")] = 4,
+    as_json: Json = False,
+) -> None:
+    """Replay real steps on the plain and the fast path; exit code 1 when loss or gradients part."""
+    from mmft.summary import fast_text
+
+    values = mmft.verify_fast(recipe, overrides or [], batches=batches)
+    _show(values, as_json=as_json, text=fast_text(values))
+    if not values["ok"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def preview(
     recipe: Recipe,
     overrides: Overrides = None,

@@ -242,8 +242,11 @@ def train_stage(
     if recipe.train.report_to:
         accelerator.init_trackers(recipe.name)  # below train.output_dir, so in the run folder; rank 0 only
     writer = MetricsWriter(run.journal, accelerator, every=recipe.train.logging_steps)
+    held = next(iter(datasets.evals.values()), [])
     world, custom = accelerator.num_processes, factory is not None
-    setting = Setting(recipe, adapted, datasets.renderer, datasets.train, world, custom=custom, steps=plan)
+    setting = Setting(
+        recipe, adapted, datasets.renderer, datasets.train, world, custom=custom, steps=plan, evals=held
+    )
     work = Work(adapted, _objective(recipe, adapted, datasets, factory), datasets.renderer, steps=plan)
     fast, work = install(fast_plan(setting), setting, work)
     demand(recipe, fast)
@@ -252,7 +255,7 @@ def train_stage(
         adapted=work.adapted,
         objective=work.objective,
         samples=datasets.train,
-        eval_samples=next(iter(datasets.evals.values()), []),
+        eval_samples=held,
         renderer=work.renderer,
         plan=work.steps or plan,
         total_steps=total,

@@ -200,6 +200,25 @@ def plan_text(values: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def fast_text(values: dict[str, Any]) -> str:
+    """The plan, and how far each path is from the reference."""
+    lines = grid(["fast path", "", "reason", "saves"], values["plan"])
+    columns = ["path", "loss differs by", "gradients by", "allowed", "", "s/step", "times plain"]
+    for precision, paths in values["precisions"].items():
+        rows = [
+            [
+                name,
+                *(f"{one[key]:.1e}" for key in ("loss", "gradients", "allowed")),
+                "ok" if one["ok"] else "NOT EQUAL",
+                f"{one['seconds']:.3f}",
+                f"{one['speedup']:.2f}",
+            ]
+            for name, one in paths.items()
+        ]
+        lines += ["", f"{precision}, {values['batches']} steps, against float32 plain:", *grid(columns, rows)]
+    return "\n".join(lines)
+
+
 def check_text(values: dict[str, Any]) -> str:
     """The result for a terminal: a table by cause with the first lines of each, and what was written."""
     lines = [f"{values['rows']} rows looked at in {values['seconds']:.1f} s, {values['bad']} bad"]

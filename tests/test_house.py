@@ -57,6 +57,7 @@ FLOORS = {
     "tracing": 6,
     "answer": 6,
     "prove": 6,
+    "replay": 6,
     "summary": 6,
     "fitting": 6,
     "cli": 7,

@@ -47,6 +47,12 @@ def holds(setting: Setting) -> tuple[bool, str]:
         return False, f"rows of {recipe.objective.name} reach the model by a way of their own"
     if setting.samples and not any(sample.media for sample in setting.samples):
         return False, "no row has a picture"
+    every = (*setting.samples, *setting.evals)
+    other = next((ref.kind for sample in every for ref in sample.media if ref.kind != "image"), None)
+    if other is not None:
+        return False, f"a row holds {other}, and only features of pictures are kept"
+    if recipe.data.augmentation:
+        return False, "data.augmentation changes the pictures from epoch to epoch"
     takes = "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters and hasattr(
         model, "get_image_features"
     )

@@ -60,7 +60,8 @@ class FastPlan:
 @dataclass(frozen=True)
 class Setting:
     """What an optimisation looks at. `renderer` is None where no processor is at hand; `custom`: the objective is the
-    user's own, of which nothing is known but that it calls the model with `batch.inputs`."""
+    user's own, of which nothing is known but that it calls the model with `batch.inputs`; `evals`: rows whose loss is
+    looked at while training."""
 
     recipe: Recipe
     adapted: Adapted
@@ -69,6 +70,7 @@ class Setting:
     world: int = 1
     custom: bool = False
     steps: StepPlan | None = None
+    evals: Sequence[Sample] = ()
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -8,8 +8,8 @@ A slab is a file of entries: magic, key, sha256 of the rest, lengths, JSON head,
 the process that made a slab appends to it; everybody maps it into memory and finds new entries by its growth. Every
 read checks the entry's sha256, so that what a kill, a full disk or a power cut left behind is a miss.
 
-Bound: before a new slab the files below `root` that nobody used for longest go, but none that was used since this
-process began; when that does not make room nothing more is stored. (Least-recently-used alone would throw out what an
+Bound: before a new slab the files below `root` that nobody used for longest go, but none that was used since an
+hour before this process began; when that does not make room nothing more is stored. (Least-recently-used alone would throw out what an
 epoch needs next.) Price: a hash a read, about 0.5 ms a megabyte; on a full cache, the tower's forward as without it.
 """
 
@@ -38,6 +38,8 @@ SUFFIXES = (".slab", ".safetensors")
 SLAB_BYTES = 64 << 20
 RESERVE = 1 << 30
 """Bytes of the disk that are left free."""
+GRACE = 3600.0
+"""Seconds since its last use in which nothing is thrown out: another run may be reading it."""
 _MAGIC = b"mmftslb1"
 _HEAD = struct.Struct("<8s32s32sIQ")
 _ALIGN = 64
@@ -151,22 +153,25 @@ class Slabs:
             finally:
                 os.close(handle)
         except OSError as error:
-            self.full = f"nothing more is stored: {error.strerror or error}"
-            return False
+            return self._stop(error.strerror or str(error))
         if written < len(data):
-            self.full, self._writing = "nothing more is stored: the disk is full", None
-            return False
+            return self._stop("the disk is full")
         self._writing = (path, at + len(data))
         self._places[address] = _Place(path, at, at + len(data))
         self._scanned[path] = at + len(data)
         return True
+
+    def _stop(self, why: str) -> bool:
+        self.full = f"nothing more is stored: {why}"
+        warnings.warn(f"{self.folder}: {self.full}", stacklevel=3)
+        return False
 
     def _room(self, size: int) -> tuple[Path, int]:
         """The slab that is appended to, and where it ends. Raises OSError when there is no room."""
         slab = max(size, min(SLAB_BYTES, self.limit // 8))
         if self._writing is not None and self._writing[1] + size <= slab and self._writing[0].is_file():
             return self._writing
-        evict(self.root, limit=self.limit - slab, since=self._born)
+        evict(self.root, limit=self.limit - slab, since=self._born - GRACE)
         if held(self.root) + slab > self.limit:
             raise OSError(28, f"the cache holds its {self.limit:,} bytes (MMFT_CACHE_SIZE)")
         if free_bytes(self.root) < RESERVE + slab:

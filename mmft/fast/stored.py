@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mmft.data.masks import Span
 from mmft.data.media import media_digest
+from mmft.data.opened import Opened, measure_of
 from mmft.data.pictures import Pictures
 from mmft.data.render import Rendered, Renderer
 from mmft.data.sample import MediaRef, Sample, Turn
@@ -34,10 +34,10 @@ def address(media: Sequence[MediaRef], space: str) -> str:
     return hashlib.sha256("".join([space, *map(media_digest, media)]).encode()).hexdigest()
 
 
-class _Unit(list[Image.Image]):
+class _Unit(list[Opened]):
     """The pictures of a row: decoded, or `known` and only decoded by `opened`."""
 
-    def __init__(self, key: str, known: Mapping[str, Tensor], opened: Callable[[], list[Image.Image]]) -> None:
+    def __init__(self, key: str, known: Mapping[str, Tensor], opened: Callable[[], list[Opened]]) -> None:
         super().__init__(() if known else opened())
         self.key, self.known, self.opened = key, known, opened
 
@@ -46,39 +46,33 @@ class StoredRenderer(Renderer):
     """`inner` with features in the place of pixels: `Rendered.pictures` holds what the tower needs, or its answer."""
 
     def __init__(self, inner: Renderer, slabs: Slabs, *, space: str, takes: frozenset[str]) -> None:
-        super().__init__(
-            inner.processor,
-            max_length=inner.max_length,
-            over_length=inner.over_length,
-            supervise=inner.supervise,
-            max_image_pixels=inner.max_image_pixels,
-        )
+        self.__dict__.update(inner.__dict__)
         self.slabs, self.space, self.takes = slabs, space, takes
         self.opened = 0
         self._unit: _Unit | None = None
         decoder = getattr(self.tokenizer, "added_tokens_decoder", {})
         self._solid = {*self.tokenizer.all_special_ids, *decoder}
 
-    def _images(self, turns: Sequence[Turn], media: Sequence[MediaRef], *, prompt: bool) -> list[Image.Image]:
+    def _media(self, turns: Sequence[Turn], media: Sequence[MediaRef], *, prompt: bool) -> list[Opened]:
         self._unit = None
         if prompt or not media:
-            return super()._images(turns, media, prompt=prompt)
+            return super()._media(turns, media, prompt=prompt)
 
-        def opened() -> list[Image.Image]:
+        def opened() -> list[Opened]:
             self.opened += len(media)
-            return super(StoredRenderer, self)._images(turns, media, prompt=prompt)
+            return super(StoredRenderer, self)._media(turns, media, prompt=prompt)
 
         key = address(media, self.space)
         self._unit = _Unit(key, self.slabs.get(key) or {}, opened)
         return self._unit
 
-    def _process(self, text: str, images: list[Image.Image]) -> dict[str, Tensor]:
-        if isinstance(images, _Unit) and images.known:
-            return self._placed(text, images.known)
-        return super()._process(text, images)
+    def _process(self, text: str, media: Sequence[Opened]) -> dict[str, Tensor]:
+        if isinstance(media, _Unit) and media.known:
+            return self._placed(text, media.known)
+        return super()._process(text, media)
 
-    def _slow_ranges(self, turns: tuple[Turn, ...], text: str, ids: list[int], images: list[Image.Image]) -> list[Span]:
-        plain = images.opened() if isinstance(images, _Unit) and images.known else list(images)
+    def _slow_ranges(self, turns: tuple[Turn, ...], text: str, ids: list[int], media: list[Opened]) -> list[Span]:
+        plain = media.opened() if isinstance(media, _Unit) and media.known else list(media)
         return super()._slow_ranges(turns, text, ids, plain)
 
     def _rendered(self, sample: Sample, data: dict[str, Tensor], labels: Tensor) -> Rendered:
@@ -99,7 +93,7 @@ class StoredRenderer(Renderer):
     # -- a place and its tokens -------------------------------------------------------------------------------------
 
     def _places(self, short: list[int]) -> list[int]:
-        return torch.isin(torch.tensor(short), self._media_ids).nonzero().flatten().tolist()
+        return torch.isin(torch.tensor(short), self.media_ids).nonzero().flatten().tolist()
 
     def _record(self, row: Rendered, text: str, unit: _Unit) -> dict[str, Tensor]:
         """What is kept beside the features; {} where the row's tokens are not its text's with the places replaced."""
@@ -107,7 +101,7 @@ class StoredRenderer(Renderer):
         places = self._places(short)
         if len(places) != len(unit):
             return {}
-        lengths = [self._gain(image.size) + 1 for image in unit]
+        lengths = [self._gain(measure_of(one)) + 1 for one in unit]
         if len(unit) == 1:
             lengths = [len(whole) - len(short) + 1]
         found: dict[str, Tensor] = {}

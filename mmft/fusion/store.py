@@ -6,6 +6,7 @@ in any batch, to the rounding of its products.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,7 @@ class FeatureStore:
         """Modality -> `{"features", "mask"}` of these rows, for `FusionModel` in the place of the encoders' inputs; a
         modality that none of them has is left out."""
         out = {}
+        os.utime(self.path)  # the cache throws out what nobody has used for longest
         with safe_open(self.path, framework="pt") as file:
             for name, ends in self.ends.items():
                 tokens = file.get_slice(name)

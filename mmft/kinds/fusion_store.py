@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from mmft.data.sample import Sample
 from mmft.data.tables import modality_name
 from mmft.errors import RecipeError
 from mmft.evaluation.classes import inner
+from mmft.fast.slabs import GRACE, cache_folder, cache_limit, evict
 from mmft.files import sha256_bytes, to_json
 from mmft.fusion.store import FeatureStore
 from mmft.kinds.base import Datasets
@@ -65,6 +66,7 @@ def stored_features(recipe: Recipe, adapted: Adapted, datasets: Datasets, render
             renderer.use(None)
             with torch.autocast(fusion.device.type, dtype=torch.bfloat16, enabled=recipe.train.bf16):
                 FeatureStore.build(path, fusion, _batches(renderer, rows, fusion), names)
+            evict(_folder(), limit=cache_limit(), since=time.time() - GRACE)
     renderer.use(FeatureStore.open(path), rows)
 
 
@@ -75,7 +77,7 @@ def _changing(datasets: Datasets) -> set[str]:
 
 
 def _folder() -> Path:
-    return Path(os.environ.get("MMFT_CACHE", "~/.cache/mmft")).expanduser() / "features"
+    return cache_folder()
 
 
 def _trained(adapted: Adapted) -> dict[str, str]:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from mmft.data.formats import load_all
 from mmft.data.render import Renderer
+from mmft.data.sample import MediaRef
 from mmft.fast import feature_store
 from mmft.fast.feature_store import holds
 from mmft.fast.plan import Setting
@@ -54,7 +55,7 @@ def test_a_known_picture_is_not_opened(tmp_path, kind, monkeypatch):
     def never(*_, **__):
         raise AssertionError("a picture was opened")
 
-    monkeypatch.setattr("mmft.data.render.open_image", never)
+    monkeypatch.setattr("mmft.data.opened.open_image", never)
     again = batch_of(work, setting, range(ROWS))
     assert {n for n in again.inputs if n.startswith("pixel")} == set()
     for name in set(first.inputs) - {"mm_encoder_outputs"}:
@@ -191,8 +192,12 @@ def test_no_picture_other_rows_and_shrinking_say_why(tmp_path):
     assert holds(setting)[0]
     bare = [replace(one, media=()) for one in setting.samples]
     assert "no row has a picture" in holds(replace(setting, samples=bare))[1]
-    data = setting.recipe.data.model_copy(update={"over_length": "shrink_images"})
-    assert "shrink_images" in holds(replace(setting, recipe=setting.recipe.model_copy(update={"data": data})))[1]
+    for change in ({"over_length": "shrink_images"}, {"augmentation": {"flip": 0.5}}):
+        data = setting.recipe.data.model_copy(update=change)
+        other = replace(setting, recipe=setting.recipe.model_copy(update={"data": data}))
+        assert next(iter(change)) in holds(other)[1]
+    sound = replace(setting.samples[0], media=(MediaRef(kind="audio", path="x.wav", root=tmp_path),))
+    assert "a row holds audio" in holds(replace(setting, evals=[sound]))[1]
 
     class Own(Renderer):
         pass
