@@ -8,9 +8,10 @@ A slab is a file of entries: magic, key, sha256 of the rest, lengths, JSON head,
 the process that made a slab appends to it; everybody maps it into memory and finds new entries by its growth. Every
 read checks the entry's sha256, so that what a kill, a full disk or a power cut left behind is a miss.
 
-Bound: before a new slab the files below `root` that nobody used for longest go, but none that was used since an
-hour before this process began; when that does not make room nothing more is stored. (Least-recently-used alone would throw out what an
-epoch needs next.) Price: a hash a read, about 0.5 ms a megabyte; on a full cache, the tower's forward as without it.
+Bound: before a new slab the files below `root` that nobody used for longest go, but none that was used since an hour
+before this process began; when that does not make room nothing more is stored. (Least-recently-used alone would throw
+out what an epoch needs next.) Price: a hash a read, about 0.5 ms a megabyte; on a full cache, the tower's forward as
+without it.
 """
 
 from __future__ import annotations
