@@ -21,6 +21,7 @@ from torch import Tensor
 from mmft.adapters.build import Adapted, build_adapters, set_modes
 from mmft.backbones.load import load_backbone
 from mmft.data.loader import assemble
+from mmft.data.steps import plan_steps
 from mmft.engine.memory import checkpoint_layers
 from mmft.errors import RecipeError
 from mmft.fast.known import fast_plan, install
@@ -31,7 +32,7 @@ from mmft.objectives.base import StepObjective
 from mmft.recipe.load import load_recipe
 from mmft.recipe.schema import Recipe
 from mmft.seeds import fold
-from mmft.stages import calibration, load_datasets, plan_steps
+from mmft.stages import calibration, load_datasets
 
 FP32, CHANCE = 1e-5, 1.1
 _FILL = 0.02
@@ -108,8 +109,9 @@ def _paths(recipe: Recipe, batches: int) -> dict[str, _Replayed]:
 
         def replay(fast: bool | tuple[str, ...]) -> _Replayed:
             asked = recipe.model_copy(update={"train": recipe.train.model_copy(update={"fast": fast})})
-            setting = Setting(asked, adapted, datasets.renderer, datasets.train)
-            plan, work = install(fast_plan(setting), setting, Work(adapted, objective, datasets.renderer))
+            setting = Setting(asked, adapted, datasets.renderer, datasets.train, steps=steps)
+            start = Work(adapted, objective, datasets.renderer, steps=steps)
+            plan, work = install(fast_plan(setting), setting, start)
             try:
                 losses, grads, seconds = _steps(asked, work, datasets.train, steps, batches)
             finally:
@@ -147,7 +149,7 @@ def _steps(
         begin = time.perf_counter()
         total = count = 0.0
         adapted.model.zero_grad()
-        for number, micro in enumerate((getattr(work, "steps", None) or steps).micro_batches(step, 0)):
+        for number, micro in enumerate((work.steps or steps).micro_batches(step, 0)):
             batch = assemble(work.renderer, [(samples[row], epoch) for row, epoch in micro.rows], pad_token_id=pad)
             inputs = {key: v.to(dtype) if v.is_floating_point() else v for key, v in batch.inputs.items()}
             torch.manual_seed(fold(recipe.train.seed, "dropout", step, number))

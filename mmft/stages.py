@@ -244,9 +244,7 @@ def train_stage(
     writer = MetricsWriter(run.journal, accelerator, every=recipe.train.logging_steps)
     held = next(iter(datasets.evals.values()), [])
     world, custom = accelerator.num_processes, factory is not None
-    setting = Setting(
-        recipe, adapted, datasets.renderer, datasets.train, world, custom=custom, steps=plan, evals=held
-    )
+    setting = Setting(recipe, adapted, datasets.renderer, datasets.train, world, custom=custom, steps=plan, evals=held)
     work = Work(adapted, _objective(recipe, adapted, datasets, factory), datasets.renderer, steps=plan)
     fast, work = install(fast_plan(setting), setting, work)
     demand(recipe, fast)

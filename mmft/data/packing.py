@@ -290,6 +290,7 @@ def _line(
         supervised=int((targets[:, 1:] != IGNORED).sum()),
         tokens=sum(len(row.input_ids) for row in rows),
         padding=0,
+        pictures=tuple(found for row in media_rows if (found := rows[row].pictures) is not None),
     )
 
 

@@ -159,6 +159,7 @@ def _all(plan: StepPlan, step: int) -> list[Any]:
 def install(setting: Setting, work: Work) -> Work:
     """Lines of rows where the model passes the proof, else rows sorted by length. Raises NotHere if neither helps."""
     assert work.steps is not None and isinstance(work.renderer, Renderer)
+    pixels = setting.renderer if isinstance(setting.renderer, Renderer) else work.renderer  # the proof knows no store
     noisy = _dropout(setting.adapted)
     if noisy:
         raise NotHere(f"{noisy} is active and draws by the shape of a batch")
@@ -169,7 +170,7 @@ def install(setting: Setting, work: Work) -> Work:
         undo, why = switch(setting.adapted.backbone.model)
         if not why:
             try:
-                why = prove(setting, work.renderer, sizes, positions)
+                why = prove(setting, pixels, sizes, positions)
             except BaseException:
                 undo()
                 raise
@@ -180,7 +181,7 @@ def install(setting: Setting, work: Work) -> Work:
         undo()
     if setting.recipe.train.packing is True:
         raise NotHere(why)
-    again = prove_sorted(setting, work.renderer, sizes)
+    again = prove_sorted(setting, pixels, sizes)
     if again:
         raise NotHere(f"{why}; and {again}")
     if work.steps.micro_per_step == 1:

@@ -99,7 +99,8 @@ def install(setting: Setting, work: Work) -> Work:
 
 def prove(setting: Setting, renderer: PackedRenderer) -> str:
     """Why two rows with a shared beginning are not what the padded batch computes; empty where they are."""
-    rows = [renderer.inner.render(sample) for sample in _pair(setting.samples)]
+    inner = setting.renderer if isinstance(setting.renderer, Renderer) else renderer.inner
+    rows = [inner.render(sample) for sample in _pair(setting.samples)]
     shared = pack(rows, positions=renderer.positions, shown=[0, 0], media_ids=renderer.inner.media_ids)
     if not bool(shared.inputs["attention_mask"][..., 3].any()):
         return "two rows of one picture have no beginning in common that holds it"

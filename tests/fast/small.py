@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,9 @@ def both(setting: Setting, *names: str) -> tuple[Work, FastPlan, Work]:
     """(plain work, plan, work with the optimisations of these names)."""
     recipe = setting.recipe.model_copy(update={"train": setting.recipe.train.model_copy(update={"fast": names})})
     assert isinstance(setting.renderer, Renderer)
-    plain = Work(setting.adapted, build_sft(ObjectiveSection(), setting.adapted.model), setting.renderer)
-    asked = Setting(recipe, setting.adapted, setting.renderer, setting.samples, setting.world, setting.custom)
+    objective = build_sft(ObjectiveSection(), setting.adapted.model)
+    plain = Work(setting.adapted, objective, setting.renderer, steps=setting.steps)
+    asked = replace(setting, recipe=recipe)
     plan, work = install(fast_plan(asked), asked, plain)
     return plain, plan, work
 

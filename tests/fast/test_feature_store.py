@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from mmft.data.formats import load_all
+from mmft.data.order import StepPlan
 from mmft.data.render import Renderer
 from mmft.data.sample import MediaRef
 from mmft.fast import feature_store
@@ -219,3 +220,20 @@ def test_dropout_in_the_tower_and_a_wrong_feature_are_found_at_the_start(tmp_pat
     row = next(row for row in plan.rows if row.name == "feature_store")
     assert not row.on and "logits with features differ" in row.reason
     assert type(work.renderer) is Renderer
+
+
+@pytest.mark.parametrize("kind", ["llava", "smolvlm", "qwen2_vl"])
+def test_with_packing_and_shared_beginnings(tmp_path, kind):
+    """A line of rows, two of which ask about one picture: its features are there once."""
+    setting = small_setting(tmp_path, kind)
+    twice = [setting.samples[0], replace(setting.samples[0], id="again"), *setting.samples[1:3]]
+    setting = replace(setting, samples=twice, steps=StepPlan(rows=4, micro_batch=4, micro_per_step=1))
+    plain, plan, work = both(setting, "feature_store", "packing", "shared_prefix")
+    assert all(plan.on(name) for name in ("feature_store", "packing", "shared_prefix")), plan.table()
+    for _ in range(2):
+        batch = batch_of(work, setting, range(4))
+        assert len(batch.pictures) == 3 and batch.inputs["input_ids"].shape[0] == 1
+        want, grads = loss_and_gradients(plain, setting, range(4))
+        loss, found = loss_and_gradients(work, setting, range(4))
+        assert loss == pytest.approx(want, rel=1e-5) and apart(found, grads) < 1e-5
+    work.release()
