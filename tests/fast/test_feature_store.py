@@ -211,7 +211,8 @@ def test_dropout_in_the_tower_and_a_wrong_feature_are_found_at_the_start(tmp_pat
     tower = next(m for n, m in setting.adapted.backbone.model.named_modules() if n.endswith("vision_tower"))
     tower.extra = torch.nn.Dropout(0.1)
     monkeypatch.setattr(feature_store, "set_modes", lambda adapted: adapted.model.train())
-    assert "dropout is active" in both(setting, "feature_store")[1].table()[-1][2]
+    rows = {row.name: row for row in both(setting, "feature_store")[1].rows}
+    assert "dropout is active" in rows["feature_store"].reason and not rows["feature_store"].on
     monkeypatch.undo()
     monkeypatch.setenv("MMFT_CACHE", str(tmp_path / "cache"))
     own = Tower.__call__

@@ -39,7 +39,7 @@ def test_both_paths_of_a_recipe_agree(tmp_path):
 def test_a_path_that_parts_is_told(tmp_path, monkeypatch):
     def wrong(setting: Setting, work: Work) -> Work:
         def more(batch):
-            batch.inputs["input_ids"][:, -1] += 1
+            batch.inputs["input_ids"][:, 0] = 10
             return batch
 
         return replace(work, prepare=more)
