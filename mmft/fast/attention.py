@@ -36,6 +36,9 @@ def grouped_attention(
     query i sees keys up to i (S = T). A query that sees no key gets the mean of the values it was given.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:  # as torch's kernel would
+        kind = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(kind), key.to(kind), value.to(kind)
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
     if mask is not None and mask.dtype == torch.bool:
