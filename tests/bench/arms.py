@@ -106,6 +106,8 @@ def recipe_of(given: dict[str, Any], folder: Path) -> Any:
                 "logging_steps": 1,
                 "save_steps": 0,
                 "fast": given["fast"],
+                # Rows of a picture meet in a step, in the order that every arm gets.
+                "train_sampling_strategy": "group_by_media" if given.get("grouped") else "random",
             },
             "export": {"merge": False},
         }

@@ -94,6 +94,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, list[dict[str,
     count += -count % 4
     rows = save_rows(folder / f"{given.workload}-{given.data}-{count}", given.workload, given.data, count)
     shared = {"model": str(model), "rows": str(rows), "batch": given.batch, "steps": given.steps}
+    shared["grouped"] = given.data == "four"
     arms = arms_of(given)
     warm = folder / "warm"
     if "warm" in arms:
