@@ -19,6 +19,7 @@ from torch import Tensor
 from mmft.fast.attention import KEPT_KEYS, choose_products, grouped_attention
 from mmft.fast.plan import Candidate, NotHere, Setting, Work
 from mmft.fast.probe import on_cpu
+from mmft.fast.timed import kept_times
 
 NAME = "mmft_products"
 WINS_BY = 1.2
@@ -136,7 +137,9 @@ def install(setting: Setting, work: Work) -> Work:
     """Choose the function for every sub-model that used `sdpa`. Raises NotHere where torch's kernel is as fast."""
     model = setting.adapted.backbone.model
     dtype = torch.bfloat16 if setting.recipe.train.bf16 else model.dtype
-    theirs, ours = race(model.config.get_text_config(), dtype)
+    text = model.config.get_text_config()
+    shape = f"{text.num_attention_heads} x {text.hidden_size} {dtype}"
+    theirs, ours = kept_times(f"attention_products {shape}", lambda: race(text, dtype))
     if theirs < WINS_BY * ours:
         raise NotHere(f"torch's kernel takes {theirs * 1e3:.1f} ms where products take {ours * 1e3:.1f} ms")
     register()
