@@ -16,8 +16,8 @@ from mmft.files import write_json
 
 
 def kept_times(what: str, measure: Callable[[], tuple[float, float]]) -> tuple[float, float]:
-    """Seconds (theirs, ours) that `measure` gave when `what` was first timed with this processor and this torch; kept in
-    `timed.json` of the cache (`MMFT_CACHE`, else `~/.cache/mmft`), where it may be written."""
+    """Seconds (theirs, ours) that `measure` gave when `what` was first timed on this processor with this
+    torch; kept in `timed.json` of the cache (`MMFT_CACHE`, else `~/.cache/mmft`), where it may be written."""
     path = Path(os.environ.get("MMFT_CACHE", "~/.cache/mmft")).expanduser() / "timed.json"
     processor = next((line for line in _cpuinfo() if line.startswith("model name")), platform.processor())
     key = f"{what} | {processor.partition(':')[2].strip()} | {torch.__version__}"
