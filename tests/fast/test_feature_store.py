@@ -238,3 +238,15 @@ def test_with_packing_and_shared_beginnings(tmp_path, kind):
         loss, found = loss_and_gradients(work, setting, range(4))
         assert loss == pytest.approx(want, rel=1e-5) and apart(found, grads) < 1e-5
     work.release()
+
+
+def test_a_place_whose_tokens_might_merge_with_text_is_not_kept(tmp_path):
+    """Its features are computed alone each time, so that no number depends on what is kept."""
+    setting = small_setting(tmp_path)
+    _, _, work = both(setting, "feature_store")
+    work.renderer._solid = set()
+    found = [loss_and_gradients(work, setting, range(ROWS)) for _ in range(2)]
+    assert work.prepare.misses == 2 * ROWS and len(work.renderer.slabs) == 0
+    work.renderer._solid = {*work.renderer.tokenizer.all_special_ids, *work.renderer.tokenizer.added_tokens_decoder}
+    kept = loss_and_gradients(work, setting, range(ROWS))
+    assert all(one[0] == kept[0] and torch.equal(one[1], kept[1]) for one in found)
