@@ -10,8 +10,9 @@ it and kept then and there: nothing is computed twice, nothing is waited for.
 The tower always sees the pictures of one row alone, known or not. Its answer in bf16 may depend on what else lies in
 its batch, and a run that is killed and resumed must be the same byte for byte whoever filled the store and how full it
 was. Price: a tower forward a row instead of a micro-batch, 0.9 to 1.0 times the time of the batch on a CPU (CLIP
-ViT-S/16 at 224, SigLIP-B/16 at 512), where the batch does not fit into the caches; on a device with room for a batch
-it costs the first epoch something. Disk: tokens * hidden * 2 bytes a picture.
+ViT-S/16 at 224, SigLIP-B/16 at 512), where the batch does not fit into the caches; 1.2 (batch 4) to 1.4 times (batch
+16) for a small convolutional tower at 192, and on a device with room for a batch it costs the first epoch something.
+Storing takes 0.2 ms a picture of 220 KB, reading as much. Disk: tokens * hidden * 2 bytes a picture.
 """
 
 from __future__ import annotations
