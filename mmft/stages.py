@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import resource
 import time
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from mmft.data.augment import Augmentation
 from mmft.data.formats import Loaded, load_many, source_name
 from mmft.data.loader import RowRenderer
 from mmft.data.order import StepPlan
+from mmft.data.readable import readable
 from mmft.data.render import Renderer, TooLongError
 from mmft.data.sample import Sample
 from mmft.data.steps import plan_steps
@@ -36,7 +38,7 @@ from mmft.errors import DataError, Problem, RecipeError, choices
 from mmft.fast.known import fast_plan, install
 from mmft.fast.packing import demand
 from mmft.fast.plan import Setting, Work
-from mmft.files import sha256_bytes, to_json, write_json
+from mmft.files import write_json
 from mmft.journal import Journal
 from mmft.kinds import kind_of
 from mmft.kinds.base import Datasets, check_formats
@@ -52,8 +54,10 @@ SAMPLED_ROWS = 32  # rows that are rendered before training, to look at where th
 def make_accelerator(section: TrainSection) -> Accelerator:
     """accelerate for device, ranks and trackers; precision and accumulation are the engine's own.
 
-    Raises RecipeError for a tracker that is unknown or not installed (accelerate would leave it out in silence).
+    Raises RecipeError for a tracker that is unknown or not installed (accelerate would leave it out in silence), and
+    where accelerate was told to cut the weights up.
     """
+    _refuse_sharding()
     there = [str(tracker) for tracker in get_available_trackers()]
     for position, name in enumerate(section.report_to):
         if name not in there:
@@ -75,18 +79,32 @@ def make_accelerator(section: TrainSection) -> Accelerator:
     )
 
 
+def _refuse_sharding() -> None:
+    """Checkpoints, merge and evaluation read whole weights, which FSDP and DeepSpeed cut up: left alone, ranks would
+    train apart in silence."""
+    for name, kind in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+            raise RecipeError(
+                f"accelerate was configured for {kind}, which mmft does not train with",
+                where=name,
+                allowed="one process, or DDP (recipes/accelerate/ddp.yaml)",
+                do="launch with that file; quantization.load_in_4bit makes a large base fit into one device",
+            )
+
+
 def load_datasets(recipe: Recipe, processor: Any, journal: Journal) -> Datasets:
     """Read and check all rows; what is left out is counted and named in the journal.
 
     Raises DataError with the first causes by file:line, or when every row of a set is too long.
     """
     data, seed, kind = recipe.data, recipe.train.seed, kind_of(recipe)
-    renderer = kind.renderer(recipe, processor)
-    loaded = load_many(data.train, data, seed, wanted=kind.formats)
+    renderer, workers = kind.renderer(recipe, processor), recipe.train.dataloader_num_workers
+    loaded = readable(load_many(data.train, data, seed, wanted=kind.formats), data, workers=workers, journal=journal)
     train = fitting(_rows(recipe, loaded), renderer, journal, name="train")
     columns = next((one.columns for one in loaded if one.columns is not None), None)
     evals: dict[str, list[Sample]] = {}
     held = load_many(data.eval, data, seed, wanted=kind.formats, columns=columns)
+    held = readable(held, data, workers=workers, journal=journal)
     for source, one in zip(data.eval, held, strict=True):
         loaded.append(one)
         name = source_name(source)
@@ -217,7 +235,8 @@ def identity(recipe: Recipe, backbone: Backbone, datasets: Datasets, plan: StepP
     return {
         **({"init_from": adapter_digest(Path(start).expanduser())} if start else {}),
         "recipe": recipe_digest(recipe),
-        "base": sha256_bytes(to_json(base).encode()),
+        **{f"base file {name}": value for name, value in base.items()},
+        "torch": torch.__version__.partition("+")[0],
         "data": datasets.fingerprint,
         "rows_per_step": str(plan.rows_per_step),
     }

@@ -157,6 +157,19 @@ def test_bad_rows_are_left_out_where_the_recipe_allows_it(tmp_path: Path) -> Non
     assert cli("plan", recipe, "--json").json()["data"]["train"] == 15
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_picture_is_left_out_before_the_first_step(workers: int, tmp_path: Path) -> None:
+    allowed = {"data.max_bad_fraction": 0.1, "train.dataloader_num_workers": workers}
+    recipe = _with_rows(tmp_path, lambda row: row, **allowed)
+    _picture(tmp_path / "data", _corrupt)
+    outcome = cli("train", recipe, "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json()["training"]["rows"] == 15
+    assert "1 of 16 rows are bad and left out" in " ".join(outcome.err.split())
+    _picture(tmp_path / "data", lambda path: path.with_name(path.name.replace("-5", "-6")).write_bytes(b""))
+    _refused(cli("train", recipe, "--overwrite", "--quiet"), 3, "2 of 16 rows of 'rows' are bad", at="rows.jsonl:6")
+
+
 def _corrupt(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2 :] = b""

@@ -16,8 +16,11 @@ from mmft.data.sample import Sample
 from mmft.data.steps import plan_steps
 from mmft.errors import RecipeError
 from mmft.recipe.load import load_recipe
+from mmft.recipe.schema import TrainSection
+from mmft.stages import make_accelerator
 from tests.runs import (
     BIN,
+    REPOSITORY,
     TRAIN_ONLY,
     Outcome,
     adapter_sha,
@@ -88,6 +91,32 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     facts = json.loads((run / "training.json").read_text())
     assert (facts["steps"], facts["samples"]) == (8, 32)
     assert [event["kind"] for event in read_lines(run / "events.jsonl")].count("open") == 1
+
+
+CONFIGS = sorted((REPOSITORY / "recipes" / "accelerate").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_configs_are_what_accelerate_reads(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found = load_config_from_file(str(path))
+    assert found.num_processes == 2 and str(found.distributed_type).endswith(("MULTI_GPU", "MULTI_CPU"))
+
+
+def test_two_processes_by_the_config_compute_what_one_does(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, TRAIN_ONLY)
+    words = [BIN / "accelerate", "launch", "--config_file", REPOSITORY / "recipes" / "accelerate" / "ddp_cpu.yaml"]
+    _same(
+        tmp_path / "runs" / "tiny", run_process(*words, "-m", "mmft", "train", recipe, HF_HOME=str(tmp_path / "home"))
+    )
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_weights_that_are_cut_up_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(RecipeError, match="which mmft does not train with"):
+        make_accelerator(TrainSection())
 
 
 def _near(one: Path, two: Path) -> None:

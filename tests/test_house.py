@@ -29,6 +29,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 FLOORS = {
     "errors": 0,
+    "headers": 0,
     "paths": 0,
     "lock": 0,
     "digests": 0,

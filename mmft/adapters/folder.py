@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from mmft.backbones.fingerprint import digest, fingerprint
 from mmft.backbones.load import Backbone
 from mmft.errors import AdapterError, choices
+from mmft.headers import header_problem
 from mmft.recipe.methods import METHODS
 
 CONFIG = "adapter_config.json"
@@ -108,6 +109,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             allowed=path.name,
             do="save the adapter as safetensors",
         )
+    if problem := header_problem(path):
+        raise AdapterError(problem, where=str(path), do="copy the adapter again")
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from mmft.adapters.folder import CONFIG, TRAINED, WEIGHTS
 from mmft.adapters.mixing import Factors, Mixed
 from mmft.errors import AdapterError
+from mmft.headers import header_problem
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"^(?P<module>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_embedding_(?P<table>[AB]))$")
@@ -93,6 +94,8 @@ class LoraFolder:
 def open_lora(folder: Path) -> LoraFolder:
     """Read config and header of a peft folder. Raises AdapterError for anything but LoRA of the plain kind."""
     raw = _config(folder)
+    if problem := header_problem(folder / WEIGHTS):
+        raise AdapterError(problem, where=str(folder / WEIGHTS), do="copy the adapter again")
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as stream:
             shapes = {key: tuple(stream.get_slice(key).get_shape()) for key in stream.keys()}  # noqa: SIM118

@@ -32,6 +32,7 @@ from mmft.backbones.quantize import (
     wanted_names,
 )
 from mmft.errors import BackboneError
+from mmft.headers import header_problem
 from mmft.recipe.schema import ModelSection, QuantizationSection
 
 __all__ = [
@@ -333,6 +334,9 @@ def _attention(model: ModelSection, cls: Any, config: Any) -> str:
 
 
 def _check_weights(model: ModelSection, folder: Path) -> None:
+    for path in sorted(folder.glob("*.safetensors")):
+        if problem := header_problem(path):
+            raise BackboneError(problem, where=str(path), do="copy the model folder again from its source")
     if any(folder.glob("*.safetensors")):
         return
     pickled = [name for name in _PICKLES if (folder / name).exists()] or [path.name for path in folder.glob("*.bin")]

@@ -38,17 +38,19 @@ class Look:
 
 @dataclass(frozen=True)
 class Seen:
-    """What was found of a row: reasons against it, a digest of its content, digests and likenesses of its pictures."""
+    """What was found of a row: reasons against it, a digest of its content, digests and likenesses of its pictures, and
+    those of the reasons for which its media cannot be opened at all."""
 
     reasons: tuple[str, ...]
     content: str
     pictures: tuple[tuple[str, Likeness], ...] = ()
+    unreadable: tuple[str, ...] = ()
 
 
 def look_at(sample: Sample, look: Look) -> Seen:
     """Open and render one row. Every medium is opened; the row is rendered when all of them can be."""
     reasons: list[str] = []
-    failed = False
+    unreadable: list[str] = []
     digests: list[str] = []
     pictures: list[tuple[str, Likeness]] = []
     for ref in sample.media:
@@ -65,11 +67,11 @@ def look_at(sample: Sample, look: Look) -> Seen:
                 reasons += traits
                 pictures.append((digests[-1], likeness(picture)))
         except MmftError as error:
-            reasons.append(_said(error))
-            failed = True
-    if not failed:
+            unreadable.append(_said(error))
+    if not unreadable:
         reasons += _rendered(sample, look.renderer)
-    return Seen(tuple(dict.fromkeys(reasons)), _content(sample, digests), tuple(pictures))
+    every = tuple(dict.fromkeys(reasons + unreadable))
+    return Seen(every, _content(sample, digests), tuple(pictures), tuple(unreadable))
 
 
 def _picture(ref: MediaRef, max_pixels: int) -> tuple[Image.Image, list[str]]:
@@ -150,7 +152,8 @@ def _alone(key: str, row: int) -> Seen:
         try:
             return pool.submit(_chunk, key, range(row, row + 1)).result()[0]
         except BrokenProcessPool:
-            return Seen(("opening the row killed the process that did it",), f"killed-{row}")
+            killed = ("opening the row killed the process that did it",)
+            return Seen(killed, f"killed-{row}", unreadable=killed)
 
 
 def _one_thread() -> None:

@@ -20,6 +20,7 @@ from mmft.data.opened import Measure, MediaOpener, Opened, blank, measure_of
 from mmft.data.pictures import Pictures
 from mmft.data.sample import MediaRef, Piece, Sample, Turn
 from mmft.data.shrink import Size, shrink
+from mmft.data.templates import check_template, time_limit
 from mmft.errors import DataError, MmftError, Problem
 
 IGNORED = -100
@@ -85,6 +86,10 @@ class Renderer:
                 where=type(processor).__name__,
                 do="take an instruction-tuned checkpoint, or put a chat_template.jinja into the model folder",
             )
+        self._place = f"chat_template of {getattr(self.tokenizer, 'name_or_path', '') or type(processor).__name__}"
+        named = self._chat_template.values() if isinstance(self._chat_template, dict) else [self._chat_template]
+        for template in named:
+            check_template(template, where=self._place)
         self._answer_spans = AnswerSpans(self.text)
         self.media_ids = media_token_ids(processor)
         self._per_row: frozenset[str] | None = None
@@ -135,9 +140,10 @@ class Renderer:
     def text(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
         """The template's text, one placeholder per picture."""
         template = None if getattr(self.processor, "chat_template", None) else self._chat_template
-        return self.processor.apply_chat_template(
-            messages_of(turns), chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        with time_limit(self._place):
+            return self.processor.apply_chat_template(
+                messages_of(turns), chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
 
     # -- how --------------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from mmft.engine.state import TrainState
 from mmft.errors import CheckpointError
 from mmft.files import atomic_folder, require_free, verify_folder, write_json
+from mmft.headers import header_problem
 
 _SPARE = 2.2
 """Free space that is asked for, in checkpoints: the new one beside the old one."""
@@ -150,6 +151,9 @@ def load_checkpoint(
 ) -> Restored:
     """Copy a verified checkpoint's tensors into the parameters and the optimizer; every tensor must have a home."""
     try:
+        for name in ("trainable.safetensors", "optimizer.safetensors"):
+            if problem := header_problem(folder / name):
+                raise ValueError(problem)
         stored = json.loads((folder / "state.json").read_text())
         weights = load_file(folder / "trainable.safetensors")
         moments = load_file(folder / "optimizer.safetensors")

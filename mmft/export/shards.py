@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from mmft.errors import ExportError
+from mmft.headers import MOST_HEADER
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 BLOCK_ELEMENTS = 512 << 10  # elements of a row block: 2 MiB in float32, so that a few stay in the cache
 _COPY_BYTES = 1 << 20
-_HEADER_LIMIT = 100_000_000  # the reference implementation's own limit
+_HEADER_LIMIT = MOST_HEADER
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 DTYPES: dict[str, torch.dtype] = {

@@ -226,7 +226,8 @@ class DataSection(Section):
     """Random changes of training pictures that keep their size, by name and strength: horizontal_flip, vertical_flip,
     grayscale (probabilities), crop (share of the area), color (share), rotate (degrees), blur (pixels)."""
     max_bad_fraction: Share = 0.0
-    """Share of bad rows that are left out (counted and listed) before the run is refused."""
+    """Share of bad rows that are left out (counted and listed) before the run is refused; above 0, every medium is
+    opened before the first step."""
 
 
 class TrainSection(Section):
