@@ -17,7 +17,7 @@ _ENOUGH_TO_SHARE = 200
 def readable(loaded: Sequence[Loaded], section: DataSection, *, workers: int, journal: Journal) -> list[Loaded]:
     """The sets without the rows of which a medium cannot be opened; they join the bad ones, counted and listed.
 
-    Only with `max_bad_fraction` above 0: such a row would else stop the run when it is met. Price: one pass of decoding.
+    Only with `max_bad_fraction` above 0: such a row would else stop the run when met. Price: one pass of decoding.
     Raises DataError when more rows are bad than the recipe allows.
     """
     if not section.max_bad_fraction:

@@ -8,7 +8,6 @@ import os
 import socket
 import struct
 import sys
-import threading
 import time
 import zlib
 from pathlib import Path
@@ -323,7 +322,8 @@ def fetches(tally: Tally, count: int) -> None:
     server.bind(("127.0.0.1", 0))
     server.listen(64)
     server.settimeout(0.1)
-    port, seen, over = server.getsockname()[1], [], threading.Event()
+    port = server.getsockname()[1]
+    seen: list[str] = []
     dialects = {
         "qa": lambda url: {"image": url, "question": "q", "answer": "a"},
         "messages": lambda url: {
@@ -374,7 +374,6 @@ def fetches(tally: Tally, count: int) -> None:
             except OSError:
                 pass
             expect(not seen, f"the canary was called: {seen}")
-    over.set()
     server.close()
     tally.notes.append("nothing is ever fetched: mmft has no allow-list of hosts")
 
@@ -394,5 +393,10 @@ MUTANTS = (
     ),
     ("F10", "mmft/paths.py", "if not path.is_relative_to(base):", "if not str(path).startswith(str(base)):"),
     ("F11", "mmft/data/media.py", "if width * height > max_pixels:", "if width > max_pixels:"),
-    ("F12", "mmft/paths.py", "    if _SCHEME.match(relative):", "    if False:"),
+    (
+        "F12",
+        "mmft/paths.py",
+        "    if _SCHEME.match(relative):",
+        "    if _SCHEME.match(relative) and __import__('urllib.request').request.urlopen(relative, timeout=1):",
+    ),
 )

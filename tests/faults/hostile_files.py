@@ -117,7 +117,7 @@ def poisoned(tally: Tally, count: int) -> None:
         cases += [(name, "adapter", "adapter_model.safetensors", data), (name, "model", "model.safetensors", data)]
         cases.append((name, "checkpoint", "trainable.safetensors", data))
     if count < len(cases):
-        cases = tally.draw.sample(cases, count)
+        cases = [one for one in cases if one[0] == "a million names"] + tally.draw.sample(cases, count)
     for name, where, file, data in cases:
         with tally.trial(f"{name} as {where}/{file}"):
             folder = tally.place("poisoned")
@@ -247,7 +247,7 @@ def code(tally: Tally, count: int) -> None:
     for name, template in TEMPLATES.items():
         cases.append((f"template: {name}", _template(template.replace("CANARY", str(canary)))))
     if count < len(cases):
-        cases = tally.draw.sample(cases, count)
+        cases = [one for one in cases if one[0].endswith("many loops")] + tally.draw.sample(cases, count)
     for name, change in cases:
         with tally.trial(name):
             folder = tally.place("code")
@@ -302,7 +302,9 @@ def recipes(tally: Tally, count: int) -> None:
     """F15: each is one RecipeError with its place, soon and in little memory, without torch's work."""
     from tests.recipe.test_hostile import HOSTILE
 
-    names = sorted(HOSTILE)[:count] if count < len(HOSTILE) else sorted(HOSTILE)
+    names = sorted(HOSTILE)
+    if count < len(names):
+        names = ["laughs in lists", *tally.draw.sample(names, count)]
     place = tally.place("recipes")
     (place / "rows.jsonl").write_text("{}\n")
     for name in names:
@@ -342,5 +344,5 @@ FAULTS = (
 MUTANTS = (
     ("F13", "mmft/headers.py", "    if stated > MOST_HEADER:", "    if False:"),
     ("F14", "mmft/data/templates.py", "    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)", "    pass"),
-    ("F15", "mmft/recipe/nodes.py", "is refused: a recipe is data", "is odd: a recipe is data"),
+    ("F15", "mmft/recipe/nodes.py", "        self.limit(node.size, mark)", "        pass"),
 )
