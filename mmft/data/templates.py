@@ -1,7 +1,8 @@
 """A chat template is a program that came with the model: it runs in transformers' sandbox, and here with a time limit.
 
-What the sandbox lets through and no time limit can stop, because it is one operation, is refused before: powers, and
-products that make texts of any length (`'a' * 10**9`). Price: one scan of the template, two timer calls per rendering.
+What the sandbox lets through and no time limit can stop, because it is one operation, is refused before: powers and
+large products (`'a' * 10**9`). Memory is not bounded otherwise: a loop may fill it for as long as the limit lasts.
+Price: one scan of the template, four calls of the system per rendering.
 """
 
 from __future__ import annotations
@@ -23,22 +24,25 @@ _DO = "read the template before you trust it, and pin the revision you have read
 
 
 def check_template(template: str, *, where: str) -> None:
-    """Raise DataError for operations that can take all memory or time at once."""
+    """Raise DataError for a power, a factor above 10,000, and a text times what is no plain number or name."""
     try:
         tokens = [(line, kind, text) for line, kind, text in Environment().lex(template) if kind != "whitespace"]
     except TemplateError:
         return  # transformers says what is wrong with it
+    products = 0  # of the block that is open
     for at, (line, kind, text) in enumerate(tokens):
+        if kind in ("variable_begin", "block_begin"):
+            products = 0
         if kind != "operator" or text not in ("*", "**"):
             continue
-        beside = [tokens[near] for near in (at - 1, at + 1) if 0 <= near < len(tokens)]
-        grows = any(
-            one == "string" or (one == "integer" and int(value.replace("_", ""), 0) > _LARGEST_FACTOR)
-            for _, one, value in beside
-        )
-        if text == "**" or grows:
+        products += 1
+        beside = [tokens[near][1:] for near in (at - 1, at + 1) if 0 <= near < len(tokens)]
+        large = any(one == "integer" and int(value.replace("_", ""), 0) > _LARGEST_FACTOR for one, value in beside)
+        of_text = any(one == "string" for one, _ in beside)
+        plain = all(one in ("string", "integer", "name") for one, _ in beside)
+        if text == "**" or large or (of_text and not plain) or products > 2:
             raise DataError(
-                f"the chat template computes a {'power' if text == '**' else 'long text'} in line {line}",
+                f"the chat template computes a {'power' if text == '**' else 'large product'} in line {line}",
                 where=where,
                 allowed="templates that put messages together",
                 do=_DO,
