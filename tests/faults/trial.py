@@ -137,12 +137,17 @@ def _child(work: Callable[[], Any], log: Path, environment: Mapping[str, str], f
 
 def wait(pid: int, *, seconds: float = 300.0) -> int:
     """Exit status, -N when signal N ended it; after `seconds` the child is killed and TimeoutError raised."""
-    end, nap = time.monotonic() + seconds, 0.001
+    begin, nap = time.monotonic(), 0.001
+    before = begin
     while True:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
             return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > end:
+        now = time.monotonic()
+        if now - before > 5.0:  # this process itself was stopped meanwhile, and the child with it
+            begin += now - before
+        before = now
+        if now - begin > seconds:
             os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             raise TimeoutError(f"process {pid} still ran after {seconds:.0f} s")
