@@ -17,7 +17,7 @@ def header_problem(path: Path) -> str | None:
     except OSError:
         return None
     if stated > MOST_HEADER:
-        return f"{path.name} states a header of {stated:,} bytes, more than {MOST_HEADER:,}"
+        return f"it states a header of {stated:,} bytes, more than {MOST_HEADER:,}"
     if stated + 8 > size:
-        return f"{path.name} states a header of {stated:,} bytes in a file of {size:,}"
+        return f"it states a header of {stated:,} bytes in a file of {size:,}"
     return None

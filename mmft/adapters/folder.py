@@ -110,7 +110,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             do="save the adapter as safetensors",
         )
     if problem := header_problem(path):
-        raise AdapterError(problem, where=str(path), do="copy the adapter again")
+        raise AdapterError(f"{path.name} is damaged: {problem}", where=str(path), do="copy the adapter again")
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:

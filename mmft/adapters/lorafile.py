@@ -95,7 +95,7 @@ def open_lora(folder: Path) -> LoraFolder:
     """Read config and header of a peft folder. Raises AdapterError for anything but LoRA of the plain kind."""
     raw = _config(folder)
     if problem := header_problem(folder / WEIGHTS):
-        raise AdapterError(problem, where=str(folder / WEIGHTS), do="copy the adapter again")
+        raise AdapterError(f"{WEIGHTS} cannot be read: {problem}", where=str(folder), do="copy the adapter again")
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as stream:
             shapes = {key: tuple(stream.get_slice(key).get_shape()) for key in stream.keys()}  # noqa: SIM118

@@ -153,7 +153,7 @@ def load_checkpoint(
     try:
         for name in ("trainable.safetensors", "optimizer.safetensors"):
             if problem := header_problem(folder / name):
-                raise ValueError(problem)
+                raise ValueError(f"{name}: {problem}")
         stored = json.loads((folder / "state.json").read_text())
         weights = load_file(folder / "trainable.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
