@@ -336,8 +336,7 @@ def _attention(model: ModelSection, cls: Any, config: Any) -> str:
 def _check_weights(model: ModelSection, folder: Path) -> None:
     for path in sorted(folder.glob("*.safetensors")):
         if problem := header_problem(path):
-            what = f"the weights of {model.name_or_path} cannot be loaded: {problem}"
-            raise BackboneError(what, where=str(path), do="copy the model folder again from its source")
+            raise _load_error(model, ValueError(f"{path.name}: {problem}"), what="weights")
     if any(folder.glob("*.safetensors")):
         return
     pickled = [name for name in _PICKLES if (folder / name).exists()] or [path.name for path in folder.glob("*.bin")]
