@@ -336,7 +336,7 @@ def _attention(model: ModelSection, cls: Any, config: Any) -> str:
 def _check_weights(model: ModelSection, folder: Path) -> None:
     for path in sorted(folder.glob("*.safetensors")):
         if problem := header_problem(path):
-            raise _load_error(model, ValueError(f"{path.name}: {problem}"), what="weights")
+            raise _load_error(model, SafetensorError(f"{path.name}: {problem}"), what="weights")
     if any(folder.glob("*.safetensors")):
         return
     pickled = [name for name in _PICKLES if (folder / name).exists()] or [path.name for path in folder.glob("*.bin")]
