@@ -126,8 +126,8 @@ FAULTS = (Fault("F19", "a merge killed, broken, or given the wrong things", 50, 
 MUTANTS = (
     (
         "F19",
-        "mmft/export/delta.py",
-        "if entry.dtype.is_floating_point and not torch.isfinite(weights.read(name, start, stop).float()).all():",
-        "if False:",
+        "mmft/files.py",
+        "return str(path.absolute()) not in _open_here if pid == os.getpid() else not alive(pid)",
+        "return False",
     ),
 )
