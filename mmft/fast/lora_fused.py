@@ -33,7 +33,7 @@ def holds(setting: Setting) -> tuple[bool, str]:
     if setting.adapted.method != "lora":
         return False, f"adapter.method is {setting.adapted.method}"
     train = setting.recipe.train
-    stored = {layer.get_base_layer().weight.dtype for layer in lora_layers_of(setting.adapted.model).values()}
+    stored = {layer.get_base_layer().weight.dtype for layer in chosen(setting.adapted.model).values()}
     if not train.bf16 and stored & {torch.bfloat16, torch.float16}:
         return False, "16-bit weights without train.bf16: peft computes the adapter in float32"
     reasons = Counter(why_not(layer) for layer in lora_layers_of(setting.adapted.model).values())

@@ -47,7 +47,9 @@ def test_the_written_weights_are_between_both():
     assert any("projection" in name for name in changed) and any("query" in name for name in changed)
     for name, value in found.items():
         exact = 0.5 * base[name].double() + 0.5 * tuned[name].double()
-        assert torch.allclose(value.double(), exact, rtol=2e-7, atol=1e-9), name
+        # float32 sums of two terms: each rounding is at most half a unit of the larger of them
+        room = 2.0**-23 * (base[name].double().abs() + tuned[name].double().abs())
+        assert bool(((value.double() - exact).abs() <= room).all()), name
         if name not in changed:
             assert torch.equal(value, base[name])
     transformers.VisionTextDualEncoderModel.from_pretrained(run / "interpolated")

@@ -63,6 +63,12 @@ def test_bf16_is_close():
     assert (ours - truth).norm() <= 1.6 * (theirs - truth).norm()  # P is rounded once more
 
 
+@pytest.fixture(autouse=True)
+def own_times(tmp_path, monkeypatch):
+    """No choice is taken from what this machine once timed."""
+    monkeypatch.setenv("MMFT_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def fast(monkeypatch):
     monkeypatch.setattr(products, "race", lambda *_: (2.0, 1.0))

@@ -15,6 +15,8 @@ from tests.faults.trial import Fault, Tally, digest, expect, finish, ledger, rec
 
 TIMEOUT = 8
 """`train.ddp_timeout` of the trials in which a process hangs."""
+KILLED_TIMEOUT = 20
+"""The same where one is killed: before the two have met, no closed connection tells the other."""
 
 
 def _world(rank: int, port: int) -> dict[str, str]:
@@ -47,7 +49,7 @@ def _both(values: dict[str, Any], place: Path, *, resume: bool = False) -> None:
 
 def lost_rank(tally: Tally, count: int) -> None:
     """SIGKILL of rank 1 and rank 0 at random times; a rank that hangs, under torch's launcher."""
-    values = recipe(tally, {"train.effective_batch_size": 4})
+    values = recipe(tally, {"train.effective_batch_size": 4, "train.ddp_timeout": KILLED_TIMEOUT})
     whole = tally.place("whole")
     begin = time.monotonic()
     _both(values, whole)
