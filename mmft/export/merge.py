@@ -2,8 +2,8 @@
 
 Peak anonymous memory is the module's factors and a few row blocks, whatever the checkpoint's size (tensors that the
 loader converts in groups, such as a fused qkv, are held whole while their group is written). Price: one read, one write
-and one BLAKE3 of all weights. Measured on 1.2 GB and 6 GB of bf16, two quiet cores: 29 to 50 MB above the imports, 0.8 to
-1.4 times a synced `cp -r` (one tensor to every projection).
+and one BLAKE3 of all weights. Measured on 1.2 GB and 6 GB of bf16, two quiet cores: 29 to 50 MB above the imports, 0.8
+to 1.4 times a synced `cp -r` (one tensor to every projection).
 """
 
 from __future__ import annotations
