@@ -104,7 +104,7 @@ def type_at(loc: Loc) -> Any:
 
 def problem_of(error: ErrorDetails, root: Node) -> Problem | None:
     """One of pydantic's errors as a Problem; None when its place was reported before."""
-    loc: Loc = tuple(error["loc"])
+    loc = _without_members(tuple(error["loc"]))
     kind = error["type"]
     key_wrong = bool(loc) and loc[-1] == "[key]"
     place = loc[:-1] if key_wrong else loc
@@ -119,6 +119,8 @@ def problem_of(error: ErrorDetails, root: Node) -> Problem | None:
     if kind == "missing" or depth < len(place):
         return Problem(f"{name}: missing", where, allowed, "add it")
     value = node.plain()
+    if len(loc) < len(error["loc"]):
+        return Problem(f"{name}: {shown(value)} is not allowed", where, allowed, "give what is allowed")
     if kind == "literal_error":
         inner = get_args(bare(_annotation(expected)))
         names = [str(entry) for entry in inner]
@@ -132,6 +134,15 @@ def problem_of(error: ErrorDetails, root: Node) -> Problem | None:
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         return Problem(f"{name}: {shown(value)} is out of range", where, allowed, "choose a value in that range")
     return _wrong_type(name, node, allowed)
+
+
+def _without_members(loc: Loc) -> Loc:
+    """The place without pydantic's names of the members of a union (`train.packing.bool`), and what is behind them."""
+    marks = ("literal[", "tuple[", "list[", "dict[")
+    for at, part in enumerate(loc):
+        if at and isinstance(part, str) and (part in ("bool", "int", "float", "str") or part.startswith(marks)):
+            return loc[:at]
+    return loc
 
 
 def _bool_word(node: Node) -> str | None:
@@ -213,11 +224,13 @@ def validate(root: Node) -> tuple[Recipe | None, list[Problem], set[str]]:
         except ValidationError as error:
             errors = error.errors(include_url=False, include_context=False)
         if attempt == 0:
-            problems = [found for entry in errors if (found := problem_of(entry, root)) is not None]
+            problems = list(dict.fromkeys(found for entry in errors if (found := problem_of(entry, root)) is not None))
             data = copy.deepcopy(data)
         # Backwards, so that a list's later entries go before its earlier ones.
         for entry in sorted(errors, key=_order, reverse=True):
-            loc: Loc = tuple(part for part in entry["loc"] if part != "[key]")
+            loc = _without_members(tuple(part for part in entry["loc"] if part != "[key]"))
+            if dotted(loc) in broken and len(loc) < len(entry["loc"]):
+                continue  # another member of the same union
             broken.add(_broken_place(entry["type"], loc))
             _repair(data, loc, missing=entry["type"] == "missing")
     return None, problems, broken

@@ -10,6 +10,7 @@ from mmft.errors import nearest
 from mmft.recipe.explain import describe, type_at
 from mmft.recipe.normal import sections
 from mmft.recipe.schema import AdapterSection, DataSection, Recipe
+from tests.runs import write_recipe
 
 HEAD = "model: shipped:nano-vlm\ndata: rows.jsonl\n"
 
@@ -154,3 +155,16 @@ def test_every_field_can_be_described_and_has_a_docstring():
         for name, field in kind.model_fields.items():
             assert describe(field), name
             assert field.description, name
+
+
+def test_a_field_of_several_types_is_told_once(tmp_path):
+    """No word of pydantic's names for the members of a union, and the other errors are told beside it."""
+    from mmft.errors import RecipeError
+    from mmft.recipe.load import load_recipe
+
+    changes = {"train.packing": "maybe", "train.fast": ["lora_fsed"], "data.augmentation": {"flp": 1.0}}
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write_recipe(tmp_path, changes))
+    told = [problem.what for problem in caught.value.problems]
+    assert len(told) == 3 and "train.packing: 'maybe' is not allowed" in told
+    assert "train.fast: ['lora_fsed'] is not allowed" in told and "literal[" not in str(caught.value)
