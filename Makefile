@@ -42,8 +42,9 @@ test-families: $(VENV)/.test  ## the proof of every model family of transformers
 test-faults: $(VENV)/.test  ## kills, full disks, rot, hostile files at full count, a row each, then a mutant each (FAULTS_JSON=file)
 	$(BIN)/python -m tests.faults --jobs 2 $(if $(FAULTS_JSON),--json $(FAULTS_JSON))
 
-test-mutants: $(VENV)/.test  ## one-line breaks of mmft, each of which must make its fault's reduced trials fail
+test-mutants: $(VENV)/.test  ## one-line breaks of mmft, each of which must make its fault's trials fail; then those of the fast path
 	$(BIN)/python -m tests.mutants
+	$(BIN)/python -m tests.mutants --only fast
 
 bench: $(VENV)/.test  ## the fast path against transformers' Trainer and TRL (BENCH="--workload smolvlm --data four --epochs 3")
 	$(BIN)/python -m tests.bench.bench $(BENCH)

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.fast import breaks
 from tests.faults.trial import REPOSITORY
 
 Mutant = tuple[str, str, str, str]
@@ -78,9 +79,13 @@ def main() -> int:
     from tests.faults.__main__ import all_faults
 
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
-    parser.add_argument("--only", default="", help="F1,F4: only the mutants of these")
+    parser.add_argument(
+        "--only", default="", help="F1,F4: only these; fast or fast:packing,norms_fused: tests/fast/breaks.py"
+    )
     parser.add_argument("--json", help="write the rows to this file")
     given = parser.parse_args()
+    if given.only.partition(":")[0] == "fast":
+        return breaks.main(given.only.partition(":")[2], given.json)
     chosen = [one for one in all_mutants() if not given.only or one[0] in given.only.split(",")]
     rows: list[dict[str, Any]] = []
     for mutant in chosen:

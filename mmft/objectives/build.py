@@ -35,4 +35,4 @@ def output_head(model: nn.Module, *, where: str) -> nn.Module:
 def virtual_tokens(model: Any) -> int:
     """Tokens that prompt tuning puts before the text (a prefix goes into the cache and adds no state)."""
     config = getattr(model, "active_peft_config", None)
-    return config.numvirtual_tokens if config is not None and config.peft_type == "PROMPT_TUNING" else 0
+    return config.num_virtual_tokens if config is not None and config.peft_type == "PROMPT_TUNING" else 0

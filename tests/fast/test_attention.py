@@ -63,6 +63,51 @@ def test_bf16_is_close():
     assert (ours - truth).norm() <= 1.6 * (theirs - truth).norm()  # P is rounded once more
 
 
+CALLS = (
+    {"scaling": 0.7},
+    {"dropout": 0.5},
+    {"bias": True},
+    {"is_causal": False},
+    {"masked": True},
+    {"queries": 1},
+    {"queries": 2},
+    {"length": 600, "is_causal": False},
+)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_a_call_is_that_of_sdpa(call, monkeypatch):
+    """What transformers asks for in a call is what it gets; what products are not meant for goes to `sdpa`."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    asked = []
+    monkeypatch.setitem(
+        ALL_ATTENTION_FUNCTIONS,
+        "sdpa",
+        lambda *given, **options: asked.append(options) or sdpa_attention_forward(*given, **options),
+    )
+    given = dict(call)
+    length, queries = given.pop("length", 9), given.pop("queries", None)
+    module = nn.Module()
+    module.is_causal, module.num_key_value_groups = True, 3
+    query, key, value = draw(2, 6, queries or length, 8), draw(2, 2, length, 8), draw(2, 2, length, 8)
+    if given.pop("bias", False):
+        given["position_bias"] = torch.randn(1, 6, length, length, dtype=torch.float64)
+    mask = None
+    if given.pop("masked", False):
+        mask = (torch.rand(2, 1, length, length) > 0.4) | torch.eye(length, dtype=torch.bool)
+    outs = []
+    for run in (sdpa_attention_forward, products.attention_forward):
+        torch.manual_seed(0)
+        outs.append(run(module, query, key, value, mask, **given)[0])
+    assert torch.allclose(outs[1], outs[0], atol=1e-12)
+    others = {"dropout", "bias"} & call.keys() or queries or length > attention.KEPT_KEYS
+    assert bool(asked) == bool(others)
+    with pytest.raises(ValueError, match="softcap"):
+        products.attention_forward(module, query, key, value, mask, softcap=5.0)
+
+
 @pytest.fixture(autouse=True)
 def own_times(tmp_path, monkeypatch):
     """No choice is taken from what this machine once timed."""
@@ -136,6 +181,14 @@ def test_bf16_norm_is_that_of_transformers():
     assert errors[0] <= 1.01 * errors[1]
 
 
+def test_small_states_feel_eps():
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    norm = LlamaRMSNorm(64, eps=1e-5).requires_grad_(False)
+    x = torch.randn(4, 64) * 1e-3
+    assert torch.allclose(rms_norm(x, norm.weight, 1e-5), norm(x), rtol=1e-5)
+
+
 def test_another_norm_is_not_taken_for_one():
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
@@ -153,6 +206,11 @@ def test_norms_of_a_run(tmp_path):
     assert sum(hasattr(module, "mmft_eps") for module in work.adapted.model.modules()) == 5
     fast = gradients(work, batch)
     assert abs(fast[0] - plain[0]) <= 1e-6 * plain[0] and distance(fast[1], plain[1]) <= 1e-5
+    norm = next(module for module in work.adapted.model.modules() if hasattr(module, "mmft_eps"))
+    norm.weight.requires_grad_()
+    norm(torch.randn(2, len(norm.weight), requires_grad=True)).square().sum().backward()
+    assert norm.weight.grad is not None and norm.weight.grad.any(), "a weight that is trained later has its gradient"
+    norm.weight.requires_grad_(False)
     work.release()
     assert not any(hasattr(module, "mmft_eps") for module in work.adapted.model.modules())
     for norm in (module for module in work.adapted.model.modules() if eps_of(module)):

@@ -18,6 +18,7 @@ from mmft.fast import feature_store
 from mmft.fast.feature_store import holds
 from mmft.fast.plan import Setting
 from mmft.fast.slabs import cache_folder
+from mmft.fast.stored import address
 from mmft.fast.tower import Tower
 from mmft.recipe.schema import AdapterSection, DataSection, DataSource, PartAdapter
 from tests.fast.small import apart, batch_of, both, loss_and_gradients, small_setting
@@ -251,3 +252,26 @@ def test_a_place_whose_tokens_might_merge_with_text_is_not_kept(tmp_path):
     work.renderer._solid = {*work.renderer.tokenizer.all_special_ids, *work.renderer.tokenizer.added_tokens_decoder}
     kept = loss_and_gradients(work, setting, range(ROWS))
     assert all(one[0] == kept[0] and torch.equal(one[1], kept[1]) for one in found)
+
+
+def test_an_address_is_of_pictures_and_tower(tmp_path):
+    """In their order, and of nothing else."""
+    one, two = (sample.media[0] for sample in small_setting(tmp_path).samples[:2])
+    found = [address(media, space) for space in ("a", "b") for media in ((one,), (two,), (one, two), (two, one))]
+    assert (
+        len(set(found)) == 8
+        and address((replace(one, path=None, data=(one.root / one.path).read_bytes()),), "a") == found[0]
+    )
+
+
+def test_features_are_computed_as_a_step_computes_them(tmp_path):
+    """Under the step's autocast: a tower read in float32 says other numbers there."""
+    setting = small_setting(tmp_path)
+    plain = setting.renderer.render(setting.samples[0])
+    inputs = {name: value for name, value in plain.media.items() if name.startswith("pixel")}
+    model = setting.adapted.backbone.model
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted = model.get_image_features(**inputs, return_dict=True).pooler_output[0]
+    found = Tower(setting.adapted, autocast=True)(inputs)["pooler_output/0"]
+    exact = Tower(setting.adapted, autocast=False)(inputs)["pooler_output/0"]
+    assert torch.equal(found, wanted) and not torch.equal(found, exact.to(found.dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from mmft.data.render import IGNORED
 from mmft.fast import linear_loss
-from mmft.fast.head import CANDIDATE, InForward, holds
+from mmft.fast.head import CANDIDATE, InForward, holds, linear_head
 from mmft.fast.linear_loss import LinearHead, linear_cross_entropy
 from mmft.fast.plan import NotHere
 from mmft.recipe.schema import AdapterSection
@@ -61,6 +62,15 @@ def test_gradients_by_differences():
         )[0]
 
     assert torch.autograd.gradcheck(run, (draw(3, 5).requires_grad_(), head.weight, head.bias))
+
+
+def test_softmax_is_taken_in_float32():
+    """Of products in bfloat16: the loss is that of these logits, to float32's own rounding."""
+    head, hidden, targets = LinearHead(torch.randn(50, 8) * 2), torch.randn(20, 8), torch.arange(20)
+    logits = F.linear(hidden.bfloat16(), head.weight.bfloat16()).float()
+    total, _ = linear_cross_entropy(hidden, targets, head, dtype=torch.bfloat16)
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, F.cross_entropy(logits, targets, reduction="sum"), rtol=1e-6, atol=1e-6)
 
 
 def test_no_rows_no_loss():
@@ -142,6 +152,25 @@ def test_what_the_config_states_is_honoured(tmp_path):
     handle.remove()
     with pytest.raises(NotHere):
         CANDIDATE.install(setting, work)
+
+
+def test_scales_that_the_config_states():
+    """A factor or a divisor of the logits, and not more than it."""
+    module = nn.Linear(4, 9, bias=False)
+    scales = [
+        linear_head(module, SimpleNamespace(**config)).scale
+        for config in ({}, {"logit_scale": 0.25}, {"logits_scaling": 8.0}, {"logit_scale": 3.0, "logits_scaling": 2.0})
+    ]
+    assert scales == [1.0, 0.25, 0.125, 1.5]
+
+
+def test_smoothing_of_the_recipe(tmp_path):
+    engine, setting, work = workplace(tmp_path)
+    (batch,) = batches(engine)
+    work.objective.label_smoothing = 0.2
+    plain = gradients(work, batch)
+    fast = gradients(put_in(setting, work, CANDIDATE), batch)
+    assert abs(fast[0] - plain[0]) <= 1e-5 * plain[0] and distance(fast[1], plain[1]) <= 1e-5
 
 
 def test_other_losses_keep_their_head(tmp_path):

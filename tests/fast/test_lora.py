@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from mmft.fast import lora_fused
 from mmft.fast.lora_fused import CANDIDATE, ONCE, chosen, holds, once_holds
 from mmft.fast.lora_layers import lora_layers_of, shared_inputs, why_not
 from mmft.fast.lora_linear import ACTS, Line, Stack, run_gated, run_lines
@@ -31,7 +32,7 @@ def test_gradients_by_differences():
 
     def run(x, *_):
         stack.forget()  # gradcheck writes through .data
-        return run_lines(x, stack, dtype=torch.float64, training=True)
+        return torch.cat(run_lines(x, stack, dtype=torch.float64, training=True), -1)  # gradients of both at once
 
     assert torch.autograd.gradcheck(run, (x, *stack.params))
 
@@ -46,6 +47,18 @@ def test_gradients_of_a_gated_block_by_differences(act):
         return run_gated(x, first, second, act, dtype=torch.float64, training=True)
 
     assert torch.autograd.gradcheck(run, (x, *first.params, *second.params))
+
+
+def test_all_is_computed_in_the_type_of_the_forward():
+    """States in float32 under bf16 autocast: products, what is kept, and gradients to the states' own type."""
+    weight = torch.randn(6, 5)
+    stack = Stack([Line(weight.to, None, nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.randn(6, 2)), 0.7)])
+    x, kinds = torch.randn(3, 5, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kinds.append(one.dtype) or one, lambda one: one):
+        (out,) = run_lines(x, stack, dtype=torch.bfloat16, training=True)
+    out.sum().backward()
+    assert out.dtype == torch.bfloat16 and set(kinds) == {torch.bfloat16}
+    assert {one.grad.dtype for one in (x, *stack.params)} == {torch.float32}
 
 
 def test_no_rows_are_no_error():
@@ -136,6 +149,43 @@ def test_kept_weights_are_dequantised_once(tmp_path, monkeypatch):
     calls.clear()
     gradients(work, batch)
     assert len(calls) == layers and twice > layers
+
+
+def test_kept_weights_need_room(tmp_path, monkeypatch):
+    """16-bit weights stay between forward and backward where they take at most half of what is free."""
+    _, setting, _ = workplace(tmp_path, four_bit=True)
+    bases = [layer.get_base_layer() for layer in lora_layers_of(setting.adapted.model).values()]
+    wide = sum(2 * base.in_features * base.out_features for base in bases)
+    for free, on in ((2 * wide, True), (2 * wide - 1, False)):
+        monkeypatch.setattr(lora_fused, "free_memory", lambda _, free=free: free)
+        assert once_holds(setting)[0] == on
+
+
+def test_a_waiting_output_is_of_its_own_input(tmp_path):
+    """Layers that shared an input once may be given another one, or the same one after something was written to it."""
+    _, setting, work = workplace(tmp_path)
+    model = put_in(setting, work, CANDIDATE).adapted.model
+    layer = next(module for name, module in model.named_modules() if name.endswith("language_model.layers.0.self_attn"))
+    x = torch.randn(1, 3, layer.q_proj.in_features)
+    other = torch.randn_like(x)
+    plain = layer.k_proj(other).clone()
+    layer.q_proj(x)
+    assert torch.equal(layer.k_proj(other), plain)
+    layer.q_proj(x)
+    x.copy_(other)
+    assert torch.allclose(layer.v_proj(x), layer.v_proj(other), atol=1e-6)
+
+
+def test_a_block_that_does_more_is_left_alone(tmp_path):
+    """Seen in numbers: no name tells it."""
+    _, setting, work = workplace(tmp_path)
+    model = work.adapted.model
+    blocks = [module for module in model.modules() if hasattr(module, "act_fn") and hasattr(module, "gate_proj")]
+    kind = type(blocks[0])
+    more = {"forward": lambda self, x: 1.1 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))}
+    blocks[0].__class__ = type("More", (kind,), more)
+    put_in(setting, work, CANDIDATE)
+    assert [hasattr(block, "mmft_gated") for block in blocks] == [False, True]
 
 
 def test_masters_are_rounded_once_a_step_and_an_update_is_seen(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -105,3 +106,33 @@ def test_correct_counts_greedy_hits() -> None:
     expected = int(((logits.argmax(-1) == wanted) & (wanted != -100)).sum())
     objective = build_sft(ObjectiveSection(), model)
     assert int(objective.loss(model, batch).logs["correct"]) == expected
+
+
+def test_virtual_tokens_have_no_row() -> None:
+    """Prompt tuning puts states before those of the text; they are no position of a label."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    model, _ = tiny_vlm("llava")
+    batch = make_batch("llava")
+    text = {key: value for key, value in batch.inputs.items() if not key.startswith("pixel")}
+    batch = dataclasses.replace(batch, inputs={**text, "input_ids": text["input_ids"].clamp(max=20)})
+    tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    logits = tuned(**batch.inputs, use_cache=False).logits[:, 3:-1]
+    plain = F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum")
+    objective = build_sft(ObjectiveSection(), tuned)
+    assert objective.ahead == 3
+    for one in (objective, objective.on_every_position()):
+        torch.testing.assert_close(one.loss(tuned, batch).sum, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_softmax_is_taken_in_float32() -> None:
+    """Logits in bfloat16 are as exact as a product can make them; their log-softmax would not be."""
+    model = copy.deepcopy(tiny_vlm("llava")[0]).bfloat16()
+    batch = make_batch("llava")
+    inputs = {name: value.bfloat16() if value.is_floating_point() else value for name, value in batch.inputs.items()}
+    batch = dataclasses.replace(batch, inputs=inputs)
+    loss = SftObjective(head=model.get_output_embeddings()).loss(model, batch)
+    rows = model(**batch.inputs, use_cache=False).logits[:, :-1][batch.labels[:, 1:] != -100]
+    wanted = batch.labels[:, 1:][batch.labels[:, 1:] != -100]
+    assert rows.dtype == torch.bfloat16 and loss.sum.dtype == torch.float32
+    torch.testing.assert_close(loss.sum, F.cross_entropy(rows.float(), wanted, reduction="sum"), rtol=1e-6, atol=1e-6)

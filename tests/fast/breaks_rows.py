@@ -1,0 +1,220 @@
+"""Breaks of what a forward is given and keeps: frozen parts, rows of the head, lines of rows, kept features.
+
+(optimisation, file below mmft, ((what is wrong, the text there, what takes its place, the test that has to fail), …))
+"""
+
+from __future__ import annotations
+
+Entry = tuple[str, str, str, str]
+
+_GRAPH = "fast/test_no_graph.py::test_a_frozen_tower_runs_once_without_a_graph"
+_COUNT = "fast/test_no_graph.py::test_the_plan_counts_what_lies_before_the_first_trained_weight"
+_PACKED = "fast/test_packing.py::test_a_packed_step_is_the_plain_step"
+_SHARED = "fast/test_packing.py::test_a_shared_beginning_is_the_plain_step"
+_STORED = "fast/test_feature_store.py::test_loss_and_gradients_are_those_of_pixels"
+_MISSES = "fast/test_feature_store.py::test_one_weight_one_setting_one_pixel_are_misses"
+
+ROWS: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
+    (
+        "frozen_no_graph",
+        "engine/memory.py",
+        (
+            (
+                "embeddings of every nested model want a gradient",
+                "    layers: list[nn.Module] = []\n",
+                "    base.enable_input_require_grads()\n    layers: list[nn.Module] = []\n",
+                f"{_GRAPH}[llava-True]",
+            ),
+            (
+                "checkpointing that needs an input with a gradient",
+                "use_reentrant=False",
+                "use_reentrant=True",
+                f"{_GRAPH}[smolvlm-True]",
+            ),
+            (
+                "recomputed layers are not marked",
+                "module.gradient_checkpointing = True",
+                "module.gradient_checkpointing = False",
+                f"{_GRAPH}[qwen2_vl-True]",
+            ),
+        ),
+    ),
+    (
+        "frozen_no_graph",
+        "fast/no_graph.py",
+        (
+            ("a trained tower counts as free", '{"vision", "audio"} - trained', '{"vision", "audio"}', f"{_COUNT}"),
+            (
+                "a trained projector counts as free",
+                'if not {"vision", "audio", "projector"} & trained',
+                "if True",
+                _COUNT,
+            ),
+        ),
+    ),
+    (
+        "head_rows",
+        "objectives/sft.py",
+        (
+            (
+                "the row of the target itself is scored",
+                "rows = F.pad(targets != IGNORED, (0, 1), value=False)",
+                "rows = F.pad(targets != IGNORED, (1, 0), value=False)",
+                "objectives/test_sft.py::test_equals_plain_loss",
+            ),
+            (
+                "labels are not shifted",
+                "targets = batch.labels[:, 1:]",
+                "targets = batch.labels[:, :-1]",
+                "objectives/test_sft.py::test_equals_transformers_own_loss",
+            ),
+            (
+                "the head sees the neighbours' rows",
+                "hidden[rows].unsqueeze(0)",
+                "hidden[rows.roll(1, 1)].unsqueeze(0)",
+                "fast/test_plan.py::test_the_head_on_every_position_is_the_same_loss",
+            ),
+            (
+                "virtual tokens are cut off behind",
+                "hidden = hidden[:, ahead:]",
+                "hidden = hidden[:, : hidden.shape[1] - ahead]",
+                "objectives/test_sft.py::test_virtual_tokens_have_no_row",
+            ),
+            (
+                "softmax in the type of the products",
+                "logits.reshape(-1, logits.shape[-1]).float()",
+                "logits.reshape(-1, logits.shape[-1])",
+                "objectives/test_sft.py::test_softmax_is_taken_in_float32",
+            ),
+            (
+                "the hook stays",
+                "        handle.remove()",
+                "        pass",
+                "objectives/test_sft.py::test_head_computes_supervised_rows_only",
+            ),
+        ),
+    ),
+    (
+        "packing",
+        "data/packing.py",
+        (
+            (
+                "positions go on over rows",
+                "places = line([positions(row) for row in rows])",
+                "places = torch.arange(sum(len(row.input_ids) for row in rows))",
+                "data/test_packing.py::test_a_line_of_two_rows",
+            ),
+            (
+                "a row's first token is predicted by the row before",
+                "own[0] = IGNORED",
+                "own[0] = own[0]",
+                "data/test_packing.py::test_a_line_of_two_rows",
+            ),
+        ),
+    ),
+    (
+        "packing",
+        "fast/packed_attention.py",
+        (
+            ("a window of one token more", "places < window", "places <= window", f"{_PACKED}[window]"),
+            (
+                "rows see their neighbours",
+                "key=lambda row: row[2:] if row[3] else row",
+                "key=lambda row: row[2:]",
+                f"{_PACKED}[llava]",
+            ),
+        ),
+    ),
+    (
+        "shared_prefix",
+        "fast/packed_attention.py",
+        (
+            (
+                "rests do not see the beginning",
+                "((rests == -1) | (rests",
+                "((rests == -2) | (rests",
+                f"{_SHARED}[llava]",
+            ),
+            ("rests see each other", "(rests == rest[:, None])", "(rests >= 0)", f"{_SHARED}[llava]"),
+            (
+                "tokens do not see themselves",
+                "places <= place[:, None]",
+                "places < place[:, None]",
+                f"{_SHARED}[llava]",
+            ),
+        ),
+    ),
+    (
+        "shared_prefix",
+        "data/packing.py",
+        (
+            (
+                "the token before a target is shared",
+                "len(ids) - 1, int(targets[0]) if",
+                "len(ids) - 1, int(targets[0]) + 1 if",
+                "data/test_packing.py::test_rows_of_one_picture_begin_together",
+            ),
+            (
+                "a shared picture is given once for each row",
+                "media_rows.append(group[0])",
+                "media_rows += group",
+                f"{_SHARED}[llava]",
+            ),
+            (
+                "pictures behind the beginning are lost",
+                "return 0 if any(seen) else length",
+                "return length",
+                "data/test_packing.py::test_what_is_not_shared",
+            ),
+        ),
+    ),
+    (
+        "feature_store",
+        "fast/stored.py",
+        (
+            (
+                "the address leaves the tower out",
+                "[space, *map(media_digest, media)]",
+                "list(map(media_digest, media))",
+                "fast/test_feature_store.py::test_an_address_is_of_pictures_and_tower",
+            ),
+        ),
+    ),
+    (
+        "feature_store",
+        "fast/tower.py",
+        (
+            ("the projector does not count", 'FROZEN = ("vision", "projector")', 'FROZEN = ("vision",)', _MISSES),
+            (
+                "the precision does not count",
+                "[str(self.model.dtype), self.autocast]",
+                "[str(self.model.dtype)]",
+                _MISSES,
+            ),
+            (
+                "the tower computes in another precision",
+                "dtype=torch.bfloat16, enabled=self.autocast",
+                "dtype=torch.bfloat16, enabled=False",
+                "fast/test_feature_store.py::test_features_are_computed_as_a_step_computes_them",
+            ),
+            (
+                "features of a batch in another order",
+                ".items()}) for row in rows]",
+                ".items()}) for row in rows[::-1]]",
+                f"{_STORED}[llava]",
+            ),
+        ),
+    ),
+    (
+        "feature_store",
+        "fast/slabs.py",
+        (
+            (
+                "an entry is not looked over",
+                "own != key or hashlib.sha256(rest).digest() != digest",
+                "own != key",
+                "fast/test_slabs.py::test_a_torn_entry_is_never_read",
+            ),
+        ),
+    ),
+)
