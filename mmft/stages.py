@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 
 from mmft.adapters.build import Adapted
 from mmft.adapters.store import adapter_digest
@@ -74,7 +74,6 @@ def make_accelerator(section: TrainSection) -> Accelerator:
         project_dir=str(section.output_dir),
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(seconds=section.ddp_timeout)),
-            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
         ],
     )
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from accelerate import Accelerator
-
 from mmft.data.collate import Batch
 from mmft.data.loader import assemble
 from mmft.data.sample import Sample
 from mmft.engine.guards import is_memory_error, memory_errors
 from mmft.engine.job import TrainJob
+from mmft.engine.ranks import Ranks
 from mmft.objectives.base import Loss
 
 
@@ -21,26 +20,26 @@ def mean_loss(
     *,
     pad: int,
     place: Callable[[Batch], Batch],
-    reduce: Callable[[Sequence[float]], list[float]],
-    accelerator: Accelerator,
+    ranks: Ranks,
 ) -> tuple[float, dict[str, float], list[str]]:
     """Mean loss over all supervised positions, as `eval_NAME` the metrics whose sums the objective's loss gave, and the
     ids of this rank's batches whose loss is not finite."""
     sums: dict[str, float] = {"loss": 0.0, "count": 0.0}
     bad: list[str] = []
-    size, world, rank = job.eval_batch_size, accelerator.num_processes, accelerator.process_index
-    for start in range(rank * size, len(samples), size * world):
-        for ids, loss in _losses(job, samples[start : start + size], pad=pad, place=place):
-            sums["count"] += loss.count
-            for name, value in {**loss.logs, "loss": loss.sum}.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-            if not math.isfinite(float(loss.sum)):
-                bad += ids
+    size = job.eval_batch_size
+    with ranks.together("an evaluation", ()):
+        for start in range(ranks.rank * size, len(samples), size * ranks.world):
+            for ids, loss in _losses(job, samples[start : start + size], pad=pad, place=place):
+                sums["count"] += loss.count
+                for name, value in {**loss.logs, "loss": loss.sum}.items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+                if not math.isfinite(float(loss.sum)):
+                    bad += ids
     metrics = job.objective.metrics
     names = sorted({"loss", "count"} | {name for pair in metrics.values() for name in pair})
-    known = reduce([float(name in sums) for name in names])  # a rank without rows has no sums
-    found = dict(zip(names, reduce([sums.get(name, 0.0) for name in names]), strict=True))
-    there = {name for name, ranks in zip(names, known, strict=True) if ranks}
+    known = ranks.sum([float(name in sums) for name in names])  # a rank without rows has no sums
+    found = dict(zip(names, ranks.sum([sums.get(name, 0.0) for name in names]), strict=True))
+    there = {name for name, number in zip(names, known, strict=True) if number}
     further = {
         f"eval_{name}": found[part] / (found[over] or 1.0)
         for name, (part, over) in metrics.items()

@@ -13,12 +13,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from mmft.adapters.build import set_modes
 from mmft.data.collate import Batch
@@ -27,11 +27,12 @@ from mmft.data.order import StepPlan
 from mmft.data.sample import Sample
 from mmft.engine.callbacks import Callback
 from mmft.engine.checkpoint import checkpoint_folder, load_checkpoint, newest_valid, require_room, save_checkpoint
-from mmft.engine.guards import StopSignals, everywhere, memory_errors, not_finite
+from mmft.engine.guards import StopSignals, everywhere, not_finite
 from mmft.engine.heldout import mean_loss
 from mmft.engine.job import TrainJob
 from mmft.engine.memory import checkpoint_layers
 from mmft.engine.optim import Masters, build_optimizer, lr_scale, set_learning_rate
+from mmft.engine.ranks import Ranks
 from mmft.engine.state import TrainState
 from mmft.errors import CheckpointError, MemoryLimitError
 from mmft.journal import Journal
@@ -63,13 +64,10 @@ class Engine:
         self.pad = 0 if hasattr(job.renderer, "assemble") else job.adapted.backbone.pad_token_id
         self.recomputed = checkpoint_layers(job.adapted) if job.section.gradient_checkpointing else []
         self._training_mode()
-        # Only the distributed wrapper is accelerate's: precision and clipping are the recipe's and stated here.
-        wrapped = self._world > 1 and not isinstance(job.objective, StepObjective)
-        self.model: nn.Module = accelerator.prepare_model(job.adapted.model) if wrapped else job.adapted.model
-
-    @property
-    def _world(self) -> int:
-        return self.accelerator.num_processes
+        # accelerate gives processes and devices; precision, clipping and the sum over ranks are stated here.
+        self.ranks = Ranks(accelerator)
+        self.ranks.start_alike(self.params.values())
+        self.masters.give_weights()
 
     def _training_mode(self) -> None:
         set_modes(self.job.adapted)
@@ -110,38 +108,40 @@ class Engine:
         """All steps that are left, or up to a stop; False when the memory ran out and the micro-batches are smaller
         from here on: a step is repeated with the same rows, weights and divisor, as a run of that size computes it."""
         state = self.state
-        try:
-            for micros in self._steps():
+        for micros in self._steps():
+            try:
                 self._one_step(micros)
-                self._after_step()
-                if self._any_signal(signals):
-                    self.save()
-                    state.stopped = f"signal {signals.received or 0}"
-                if state.stopped:
-                    break
-        except MemoryLimitError as error:
-            if not self._make_smaller(error):
-                raise
-            return False
+            except MemoryLimitError as error:
+                if not self._make_smaller(error):
+                    raise
+                return False
+            self._after_step()
+            if self._any_signal(signals):
+                self.save()
+                state.stopped = f"signal {signals.received or 0}"
+            if state.stopped:
+                break
         return True
 
     def _make_smaller(self, error: MemoryLimitError) -> bool:
-        """Whether the micro-batches could be halved. Not where ranks wait for each other in the backward pass, nor for
-        objectives that make a step's gradients themselves."""
+        """Whether the micro-batches could be halved. Not where ranks gather weights in every forward, nor once a step
+        has made one of several updates."""
         plan, state = self._plan(), self.state
-        if self._world > 1 or isinstance(self.job.objective, StepObjective) or state.halvings >= _MOST_HALVINGS:
-            return False
-        if plan.micro_batch == 1 or not isinstance(self.job.plan, StepPlan):
+        if self.ranks.lockstep or self._updates_made or state.halvings >= _MOST_HALVINGS or plan.micro_batch == 1:
             return False
         state.halvings += 1
-        self.job.adapted.model.zero_grad(set_to_none=True)
+        self._no_gradients()
         smaller = self._plan()
-        problem = error.problems[0]
+        told = "; ".join(f"{problem.what} ({problem.where})" for problem in error.problems)
         self.journal.warn(
-            f"{problem.what} ({problem.where}): on with micro-batches of {smaller.micro_batch} instead of "
+            f"{told}: on with micro-batches of {smaller.micro_batch} instead of "
             f"{plan.micro_batch}, {plan.rows_per_step} rows per step as before"
         )
         return True
+
+    def _no_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.job.adapted.model.zero_grad(set_to_none=True)
 
     def _plan(self) -> StepPlan:
         plan = self.job.plan
@@ -184,11 +184,12 @@ class Engine:
             state.step, total=job.total_steps, warmup_ratio=section.warmup_ratio, kind=section.lr_scheduler_type
         )
         set_learning_rate(self.optimizer, scale)
-        count = self._reduce([sum(job.objective.count(batch) for batch in micros)])[0]
+        count = self.ranks.sum([sum(job.objective.count(batch) for batch in micros)])[0]
         for update in range(self.updates):
+            self._updates_made = update
             loss, norm, logs = self._update(micros, count, update)
         rows = sum(len(batch.ids) for batch in micros)
-        rows_all, tokens_all = self._reduce([rows, sum(batch.tokens for batch in micros)])
+        rows_all, tokens_all = self.ranks.sum([rows, sum(batch.tokens for batch in micros)])
         state.step += 1
         state.samples_consumed += int(rows_all)
         state.tokens_consumed += int(tokens_all)
@@ -208,12 +209,13 @@ class Engine:
         """Gradients and one update of the weights: the loss, the gradients' norm, the sums that are shown."""
         job, section, step = self.job, self.job.section, self.state.step + 1
         ids = [name for batch in micros for name in batch.ids]
-        with memory_errors(f"step {step}", ids):
+        with self.ranks.together(f"step {step}", ids):
             sums = self._backward(micros, count, update)
-        self.masters.take_gradients()
+            self.masters.take_gradients()
+        self.ranks.sum_gradients(self.params)
         norm = float(torch.nn.utils.clip_grad_norm_(self.params.values(), section.max_grad_norm or float("inf")))
         logged = sorted({name for pair in job.objective.metrics.values() for name in pair} - {"count"})
-        loss_sum, *found = self._reduce([sums["loss"], *(sums.get(name, 0.0) for name in logged)])
+        loss_sum, *found = self.ranks.sum([sums["loss"], *(sums.get(name, 0.0) for name in logged)])
         loss = loss_sum / max(count, 1)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._skip(loss, norm, ids)
@@ -236,31 +238,38 @@ class Engine:
         )
         if self.state.skipped > self.job.section.skip_nonfinite_steps:
             raise error
-        self.optimizer.zero_grad(set_to_none=True)
-        self.job.adapted.model.zero_grad(set_to_none=True)
+        self._no_gradients()
         self.journal.warn(f"skipped: {error.problems[0].what} ({error.problems[0].where})")
 
     def _backward(self, micros: Sequence[Batch], count: float, update: int) -> dict[str, float]:
+        """Gradients of this rank's rows, and its sums."""
         sums: dict[str, float] = {}
         self._suspects: list[str] = []
-        rank, world = self.accelerator.process_index, self._world
+        ranks, objective, number = self.ranks, self.job.objective, self.state.step
         seeds = [
-            fold(self.job.section.seed, "dropout", self.state.step, local * world + rank)
+            fold(self.job.section.seed, "dropout", number, local * ranks.world + ranks.rank)
             for local in range(len(micros))
         ]
-        if isinstance(self.job.objective, StepObjective):
+        if isinstance(objective, StepObjective):
             step = StepContext(
-                count, tuple(seeds), self._placed, self._autocast, rank, world, number=self.state.step, update=update
+                count,
+                tuple(seeds),
+                self._placed,
+                self._autocast,
+                ranks.rank,
+                ranks.world,
+                number=number,
+                update=update,
+                together=partial(
+                    ranks.together, f"step {number + 1}", [name for batch in micros for name in batch.ids]
+                ),
             )
-            return self.job.objective.backward(self.model, micros, step)
-        for local, batch in enumerate(micros):
-            torch.manual_seed(seeds[local])
-            last = local == len(micros) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                with self._autocast():
-                    loss = self.job.objective.loss(self.model, self._placed(batch))
-                # The wrapper averages gradients over ranks; the sum is wanted, divided once by the step's count.
-                self.accelerator.backward(loss.sum * (self._world / max(count, 1)))
+            return objective.backward(self.job.adapted.model, micros, step)
+        for seed, batch in zip(seeds, micros, strict=True):
+            torch.manual_seed(seed)
+            with self._autocast():
+                loss = objective.loss(self.job.adapted.model, self._placed(batch))
+            (loss.sum * (1 / max(count, 1))).backward()
             found = float(loss.sum.detach())
             sums["loss"] = sums.get("loss", 0.0) + found
             if not math.isfinite(found):
@@ -274,12 +283,6 @@ class Engine:
         dtype = self.job.adapted.backbone.model.dtype
         inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.inputs.items()}
         return self.job.prepare(replace(batch, inputs=inputs).to(self.accelerator.device))
-
-    def _reduce(self, values: Sequence[float]) -> list[float]:
-        if self._world == 1:
-            return [float(value) for value in values]
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
-        return self.accelerator.reduce(tensor, "sum").tolist()
 
     # -- between steps --------------------------------------------------------------------------------------------
 
@@ -315,9 +318,7 @@ class Engine:
         """The mean loss, and as `eval_NAME` the objective's further metrics. Raises NonFiniteError naming rows."""
         self.job.adapted.model.eval()
         with torch.no_grad(), self._autocast():
-            loss, further, bad = mean_loss(
-                self.job, samples, pad=self.pad, place=self._placed, reduce=self._reduce, accelerator=self.accelerator
-            )
+            loss, further, bad = mean_loss(self.job, samples, pad=self.pad, place=self._placed, ranks=self.ranks)
         self._training_mode()
         if not math.isfinite(loss):
             raise not_finite(
@@ -341,7 +342,7 @@ class Engine:
         self.accelerator.wait_for_everyone()
 
     def _any_signal(self, signals: StopSignals) -> bool:
-        received = self._reduce([float(signals.received or 0)])[0]
+        received = self.ranks.sum([float(signals.received or 0)])[0]
         if received and signals.received is None:
             signals.received = 15  # another rank was told to stop; this one follows it
         return bool(received)

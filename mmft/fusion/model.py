@@ -2,8 +2,7 @@
 
 encoders -> projection to one width -> missing vectors for what a row lacks -> strategy -> head. Only rows that have a
 modality pass through its encoder, so that what stands in the place of a missing one never matters (not even by way of a
-batch norm). Under distributed training some weights get no gradient in a step (missing vectors, an encoder's own
-pooler): find_unused_parameters is needed.
+batch norm). Some weights get no gradient in a step (missing vectors, an encoder's own pooler).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ count of the whole step over all micro-batches and ranks. A mean of means would 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -51,7 +51,8 @@ class StepContext:
 
     `count`: the step's divisor over all ranks; `seeds`: one for the dropout of each micro-batch of this rank; `place`
     moves a batch to the device and type of the model; `autocast` opens the forward's precision; `number` counts the
-    finished steps, `update` the finished updates of this one (see `updates`).
+    finished steps, `update` the finished updates of this one (see `updates`). Work that comes before the ranks exchange
+    something belongs into `with step.together():`, so that all of them learn when the memory of one ran out in it.
     """
 
     count: float
@@ -62,6 +63,7 @@ class StepContext:
     world: int = 1
     number: int = 0
     update: int = 0
+    together: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @runtime_checkable
@@ -73,7 +75,8 @@ class StepObjective(Protocol):
     """
 
     def backward(self, model: nn.Module, micros: Sequence[Batch], step: StepContext) -> dict[str, float]:
-        """Gradients of the step into the trained parameters, summed over ranks; this rank's sums of loss and logs."""
+        """This rank's share of the step's gradients into the trained parameters (the engine sums them over ranks), and
+        of the sums of loss and logs."""
         ...
 
     def settle(self, weights: Mapping[str, Tensor]) -> None:

@@ -45,20 +45,18 @@ class Matching(Matches, Protocol):
 def cached_step(objective: Matching, model: nn.Module, micros: Sequence[Batch], step: StepContext) -> dict[str, float]:
     """Accumulate the gradients of `loss.sum / step.count` over all rows of the step; sums of this rank's share.
 
-    The loss is the same on all ranks, so rank 0 reports it and the others report 0. On return all trained parameters
-    hold the gradient summed over the ranks.
+    The loss is the same on all ranks, so rank 0 reports it and the others report 0.
     """
     both: tuple[Side, Side] = (objective.left, objective.right)
     if len(micros) == 1 and step.world == 1:
         loss = _plain(objective, model, micros[0], step)
     else:
-        with torch.no_grad():
+        with step.together(), torch.no_grad():
             rows = [_embedded(model, batch, both, step=step, number=n) for n, batch in enumerate(micros)]
         local = [[row[side] for row in rows] for side in (0, 1)]
         groups = [torch.cat([batch.inputs[name] for batch in micros]) for name in _GROUPS]
         loss, cached = gathered_loss(objective, model, local, groups, step=step)
         _second_pass(model, micros, both, cached=cached, step=step)
-        sum_over_ranks(model, step)
     first = step.rank == 0
     sums = {"loss": loss.sum, **loss.logs}
     return {name: float(value.detach()) if first else 0.0 for name, value in sums.items()}
@@ -153,14 +151,3 @@ def _gathered(own: Tensor, step: StepContext) -> Tensor:
     wholes = [part[: int(size)] for part, size in zip(parts, sizes, strict=True)]
     wholes[step.rank] = own
     return torch.cat(wholes)
-
-
-def sum_over_ranks(model: nn.Module, step: StepContext) -> None:
-    """Gradients of the trained parameters summed over the ranks: each rank has sent down its own rows' only."""
-    if step.world == 1:
-        return
-    for value in model.parameters():
-        if value.requires_grad:
-            if value.grad is None:
-                value.grad = torch.zeros_like(value)
-            dist.all_reduce(value.grad)

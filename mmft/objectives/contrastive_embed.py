@@ -39,10 +39,9 @@ class Terms:
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The transformers model inside a PeftModel or a distribution wrapper; adapters sit in its layers."""
-    inner: Any = getattr(model, "module", model) if type(model).__name__ == "DistributedDataParallel" else model
-    unwrap = getattr(inner, "get_base_model", None)
-    return inner if unwrap is None else unwrap()
+    """The transformers model inside a PeftModel; adapters sit in its layers."""
+    unwrap = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
 
 
 def sides(model: nn.Module) -> tuple[Side, Side]:

@@ -31,7 +31,7 @@ from mmft.data.pairs import EXTRA, LEFT, RIGHT
 from mmft.errors import BackboneError
 from mmft.objectives.base import Loss, StepContext
 from mmft.objectives.contrastive import Kind, contrastive_loss
-from mmft.objectives.contrastive_cached import gathered_loss, sum_over_ranks
+from mmft.objectives.contrastive_cached import gathered_loss
 from mmft.objectives.contrastive_embed import clamp_scales, similarity
 from mmft.objectives.joint_heads import Heads, Seen, heads_of
 from mmft.objectives.sft import head_on_rows
@@ -229,13 +229,14 @@ class JointObjective:
         return self._whole(model, looked, seed=fold(self.seed, "alone", *batch.ids), counts=self.counts(looked.words))
 
     def backward(self, model: nn.Module, micros: Sequence[Batch], step: StepContext) -> dict[str, float]:
-        """Gradients of the whole step into the trained parameters; this rank's share of the sums.
+        """This rank's share of the step's gradients into the trained parameters, and of the sums.
 
         The contrastive term is that of one large batch over all micro-batches and ranks (two passes, as in
         `contrastive_cached`); the others are averaged over the step's pairs and tokens.
         """
-        placed = [step.place(batch).inputs for batch in micros]
-        words = [Words.of(inputs) for inputs in placed]
+        with step.together():
+            placed = [step.place(batch).inputs for batch in micros]
+            words = [Words.of(inputs) for inputs in placed]
         counts = _over_ranks([self.counts(one) for one in words], step, device=words[0].ids.device)
         heads = heads_of(model)
         if len(micros) == 1 and step.world == 1:
@@ -258,7 +259,6 @@ class JointObjective:
                 down.backward()
             for name, value in {"loss": total.detach(), **logs}.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
-        sum_over_ranks(model, step)
         return sums
 
     def settle(self, weights: Mapping[str, Tensor]) -> None:
@@ -293,7 +293,7 @@ class JointObjective:
         if "contrastive" not in self.weights:
             return {}, None
         heads, rows = heads_of(model), []
-        with torch.no_grad(), step.autocast():
+        with step.together(), torch.no_grad(), step.autocast():
             for number, inputs in enumerate(placed):
                 rows.append([value for _, value in _embedded(look(heads, inputs, seed=step.seeds[number]))])
         local = [[row[side] for row in rows] for side in (0, 1)]

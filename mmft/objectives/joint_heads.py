@@ -71,7 +71,7 @@ class Heads(Protocol):
 
 
 def heads_of(model: nn.Module) -> Heads:
-    """The heads of a model, through a PeftModel or a distribution wrapper. Raises BackboneError when it has none."""
+    """The heads of a model, through a PeftModel. Raises BackboneError when it has none."""
     base = unwrapped(model)
     if isinstance(base, JointModel):
         return _Composed(base)

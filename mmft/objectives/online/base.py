@@ -76,19 +76,19 @@ class OnlineObjective(ABC):
     # -- training ---------------------------------------------------------------------------------------------------
 
     def backward(self, model: nn.Module, micros: Sequence[Batch], step: StepContext) -> dict[str, float]:
-        """Sample at the first update of a step; gradients of this update, summed over ranks."""
+        """Sample at the first update of a step; this rank's share of the update's gradients."""
         if step.update == 0:
-            self._rollouts = [self._collect(batch, step) for batch in micros]
-            self._sums = self._watched(step)
-            if self.agreement is None:
-                self._check_agreement(step)
+            with step.together():
+                self._rollouts = [self._collect(batch, step) for batch in micros]
+                self._sums = self._watched(step)
+                if self.agreement is None:
+                    self._check_agreement(step)
             self._sums |= {"first_gap": (self.agreement or {}).get("largest", 0.0), "ranks": 1.0}
             self.prepare(self._rollouts, step)
         sums = {**self._sums, "loss": 0.0}
         for rollout in self._rollouts:
             for name, value in self.learn(rollout, step).items():
                 sums[name] = sums.get(name, 0.0) + value
-        self._sum_over_ranks(step)
         self._sums |= {name: sums[name] for name in ("gap", "gap_tokens") if name in sums}
         return sums
 
@@ -188,16 +188,6 @@ class OnlineObjective(ABC):
                 allowed=f"{most:g}, and {usual:g} on average, for products in {str(kind).removeprefix('torch.')}",
                 do="try model.dtype: float32 with train.bf16: false, or another model.attn_implementation",
             )
-
-    def _sum_over_ranks(self, step: StepContext) -> None:
-        if step.world == 1:
-            return
-        head = self.policy.value_head
-        for value in (*self.policy.model.parameters(), *(head.parameters() if head is not None else ())):
-            if value.requires_grad:
-                if value.grad is None:
-                    value.grad = torch.zeros_like(value)
-                dist.all_reduce(value.grad)
 
     # -- without an update ------------------------------------------------------------------------------------------
 

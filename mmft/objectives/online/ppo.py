@@ -44,25 +44,26 @@ class PpoObjective(OnlineObjective):
 
     def prepare(self, rollouts: Sequence[Rollout], step: StepContext) -> None:
         """Values, advantages, returns."""
-        for rollout in rollouts:
-            scored = self.before(rollout, step)
-            assert scored.values is not None
-            mask = rollout.drawn.mask.to(scored.log_probs.device)
-            rollout.old, rollout.old_values = scored.log_probs, scored.values
-            rewards = token_rewards(
-                rollout.judged.total.to(scored.log_probs.device, scored.log_probs.dtype),
-                scored.log_probs,
-                rollout.reference,
-                mask,
-                kl_coef=self.section.kl_coef,
-            )
-            rollout.advantages = gae(rewards, scored.values, mask, gamma=GAMMA, lam=self.section.gae_lambda)
-            rollout.returns = rollout.advantages + scored.values
+        with step.together():
+            for rollout in rollouts:
+                scored = self.before(rollout, step)
+                assert scored.values is not None
+                mask = rollout.drawn.mask.to(scored.log_probs.device)
+                rollout.old, rollout.old_values = scored.log_probs, scored.values
+                rewards = token_rewards(
+                    rollout.judged.total.to(scored.log_probs.device, scored.log_probs.dtype),
+                    scored.log_probs,
+                    rollout.reference,
+                    mask,
+                    kl_coef=self.section.kl_coef,
+                )
+                rollout.advantages = gae(rewards, scored.values, mask, gamma=GAMMA, lam=self.section.gae_lambda)
+                rollout.returns = rollout.advantages + scored.values
+            self._sums |= self._explained(rollouts)
         self._whiten(rollouts, step)
 
     def _whiten(self, rollouts: Sequence[Rollout], step: StepContext) -> None:
         """Advantages by the mean and variance of the whole step."""
-        self._sums |= self._explained(rollouts)
         local = [0.0, 0.0, 0.0]
         for rollout in rollouts:
             inside = rollout.advantages[rollout.drawn.mask.to(rollout.advantages.device)].double()

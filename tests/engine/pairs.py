@@ -1,0 +1,122 @@
+"""`python -m tests.engine.pairs OUT`: runs by one process and by two over gloo, with what each step computed.
+
+Every run is a process forked from a warm parent (as the faults are tried). Rank 0 writes the gradients of every step as
+they enter the update; every rank writes which of its forwards showed a picture. AdamW's epsilon is large here: at its
+usual size a gradient of rounding noise moves its weight by the full rate, and the steps behind could not be compared.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.faults.ranks import two
+from tests.faults.trial import expect, finish, train, wait
+
+STEPS = 6
+ROWS = 21
+"""Not divisible by any of the steps below: each of them meets the border between two epochs."""
+WORDS = ("Which colour?", "What colour has it, in one word?", "Tell me the colour of this picture, please.")
+BASE: dict[str, Any] = {"per_device_train_batch_size": 2, "effective_batch_size": 4}
+CASES: dict[str, dict[str, Any]] = {
+    "one forward a rank": {"train": BASE},
+    "accumulation": {"train": BASE | {"effective_batch_size": 12}, "adapter": {"lora_dropout": 0.1}},
+    "ranks without a picture": {"train": BASE | {"per_device_train_batch_size": 1, "effective_batch_size": 2}},
+    "packed": {"train": BASE | {"effective_batch_size": 16, "packing": True}},
+    "augmented": {"train": BASE, "data": {"augmentation": {"crop": 0.3, "horizontal_flip": 0.5}}},
+}
+"""Each recipe's changes by section."""
+
+
+def shelf(out: Path) -> None:
+    """A tiny model and rows of three questions, every third of them without a picture."""
+    from tests.tiny import save_tiny_vlm, tiny_rows
+
+    save_tiny_vlm(out / "model")
+    path = tiny_rows(out / "rows", ROWS)
+    lines = []
+    for number, line in enumerate(path.read_text().splitlines()):
+        row = json.loads(line)
+        asked = [{"type": "image"}, {"type": "text", "text": WORDS[number % 3]}]
+        if number % 3 == 0:
+            asked = [{"type": "text", "text": f"Name colour {number}."}]
+            row = {key: value for key, value in row.items() if key not in ("image", "images")}
+        row["messages"][0]["content"] = asked
+        lines.append(json.dumps(row))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def recipe(out: Path, case: str) -> dict[str, Any]:
+    """The values of a case."""
+    values: dict[str, Any] = {
+        "name": "tiny",
+        "model": {"name_or_path": str(out / "model"), "dtype": "float32"},
+        "adapter": {"targets": ["language.attention", "projector"], "lora_rank": 4, "lora_dropout": 0.0},
+        "data": {"train": [{"path": str(out / "rows" / "rows.jsonl")}], "max_length": 256},
+        "train": {
+            "max_steps": STEPS,
+            "learning_rate": 1e-2,
+            "adam_epsilon": 1e-2,
+            "weight_decay": 0.1,
+            "bf16": False,
+            "logging_steps": 1,
+            "packing": False,
+        },
+        "export": {"merge": False},
+    }
+    for section, changes in CASES[case].items():
+        values[section] = values[section] | changes
+    return values
+
+
+def watched(place: Path) -> Any:
+    """A `prepare` after which the run's gradients, and what its forwards show, are written to `place`."""
+
+    def prepare() -> None:
+        from safetensors.torch import save_file
+
+        from mmft.engine.loop import Engine
+        from mmft.engine.ranks import Ranks
+
+        summed, backward = Ranks.sum_gradients, Engine._backward
+        seen: list[list[bool]] = []
+
+        def sum_gradients(self: Any, params: Any) -> None:
+            summed(self, params)
+            if self.rank == 0:
+                found = {name: one.grad.contiguous() for name, one in params.items() if one.grad is not None}
+                save_file(found, place / f"step-{len(seen)}.safetensors")
+
+        def note(self: Any, micros: Any, *more: Any) -> Any:
+            seen.append(["pixel_values" in batch.inputs for batch in micros])
+            (place / f"shown-{self.ranks.rank}.json").write_text(json.dumps(seen))
+            return backward(self, micros, *more)
+
+        Ranks.sum_gradients, Engine._backward = sum_gradients, note  # type: ignore[method-assign]
+
+    return prepare
+
+
+def main() -> None:
+    """All runs, into OUT/CASE/one and OUT/CASE/two."""
+    from tests.faults.__main__ import warm
+
+    out = Path(sys.argv[1])
+    warm()
+    expect(finish(lambda: shelf(out), out / "log") == 0, (out / "log").read_text() if (out / "log").exists() else "")
+    for case in CASES:
+        values = recipe(out, case)
+        for world in ("one", "two"):
+            place = out / case / world
+            place.mkdir(parents=True)
+            if world == "one":
+                codes = [finish(train(values, place, prepare=watched(place)), place / "log0")]
+            else:
+                codes = [wait(pid) for pid in two(values, place, prepare=watched(place))]
+            expect(not any(codes), f"{case} by {world}: {codes} {(place / 'log0').read_text()[-1500:]}")
+
+
+if __name__ == "__main__":
+    main()
