@@ -19,9 +19,21 @@ from tests.faults.trial import Fault, Tally
 
 def families() -> tuple[Any, ...]:
     """The modules that hold faults."""
-    from tests.faults import drift, export, hostile_data, hostile_files, numbers, ranks, saving, soak, stopping, workers
+    from tests.faults import (
+        drift,
+        export,
+        hostile_data,
+        hostile_files,
+        memory,
+        numbers,
+        ranks,
+        saving,
+        soak,
+        stopping,
+        workers,
+    )
 
-    return (stopping, saving, numbers, hostile_data, hostile_files, ranks, drift, export, workers, soak)
+    return (stopping, saving, numbers, hostile_data, hostile_files, memory, ranks, drift, export, workers, soak)
 
 
 def all_faults() -> list[Fault]:

@@ -1,4 +1,4 @@
-"""F8 and F16: numbers that are not finite, memory that runs out."""
+"""F8: numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from tests.faults.ranks import two
 from tests.faults.trial import (
-    STEPS,
     Fault,
     Tally,
     digest,
@@ -44,7 +42,7 @@ class _Changed:
         return self._change(lambda: self._inner.loss(model, batch), batch, self._seen[training], training)
 
 
-def _every_loss(change: Callable[[Any, Any, int, bool], Any]) -> Callable[[], None]:
+def every_loss(change: Callable[[Any, Any, int, bool], Any]) -> Callable[[], None]:
     """A `prepare` after which each loss of the engine goes through `change`."""
 
     def prepare() -> None:
@@ -72,7 +70,7 @@ def nan_in_forwards(*forwards: int, training: bool = True) -> Callable[[], None]
             replace(found, sum=found.sum * float("nan")) if is_training == training and forward in forwards else found
         )
 
-    return _every_loss(change)
+    return every_loss(change)
 
 
 def nan_in_a_gradient(step: int) -> Callable[[], None]:
@@ -184,109 +182,7 @@ def _bad_adapter(tally: Tally) -> None:
     expect(not (run_of(place) / "metrics.jsonl").exists(), "steps were taken with it")
 
 
-# ---------------------------------------------------------------- memory
-
-
-def memory_above(rows: int, *, first: int = 1, training: bool = True) -> Callable[[], None]:
-    """A `prepare`: from forward `first` on there is memory for at most `rows` rows."""
-
-    def change(made: Any, batch: Any, forward: int, is_training: bool) -> Any:
-        if is_training == training and len(batch.ids) > rows and forward >= first:
-            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return made()
-
-    return _every_loss(change)
-
-
-def out_of_memory(tally: Tally, count: int) -> None:
-    """F16: at the first forward, within a step, late in the run, in an evaluation, and beyond remedy."""
-    plain = {"adapter.lora_dropout": 0.1, "train.effective_batch_size": 8, "train.max_steps": 12}
-    large = recipe(tally, plain | {"train.per_device_train_batch_size": 4})
-    smaller = {
-        size: completed_as(tally, recipe(tally, plain | {"train.per_device_train_batch_size": size}))
-        for size in ((1, 2) if count > 3 else (2,))
-    }
-    starts = [(2, 1, "the first forward"), (2, 2, "the second forward of a step"), (1, 1, "the first, twice")]
-    for size, first, what in starts[: max(1, count - 2)]:
-        with tally.trial(what):
-            place = tally.place("run")
-            code = finish(train(large, place, prepare=memory_above(size, first=first)), place / "log")
-            expect(code == 0, f"exit {code}: {(place / 'log').read_text()[-600:]}")
-            tally.measure(difference(digest_folder(run_of(place)), smaller[size]))
-            expect(tally.worst is not None and tally.worst <= 1e-6, f"weights differ by {tally.worst:.2e}")
-            _ledger_is_whole(run_of(place), smaller[size])
-    with tally.trial("late in the run"):
-        place = tally.place("run")
-        code = finish(train(large, place, prepare=memory_above(2, first=17)), place / "log")
-        expect(code == 0, f"exit {code}: {(place / 'log').read_text()[-600:]}")
-        _ledger_is_whole(run_of(place), smaller[2])
-    if count > 3:
-        with tally.trial("in an evaluation"):
-            _in_evaluation(tally, plain)
-    with tally.trial("beyond remedy"):
-        place = tally.place("run")
-        code = finish(train(large, place, prepare=memory_above(0, first=9)), place / "log")
-        text = (place / "log").read_text()
-        expect(code == 6 and "row-" in text and "per_device_train_batch_size" in text, f"exit {code}: {text[-500:]}")
-        expect(newest(run_of(place)) == 4, f"the newest checkpoint is of step {newest(run_of(place))}")
-
-
-def _in_evaluation(tally: Tally, plain: dict[str, Any]) -> None:
-    held = {"data.eval": [{"path": recipe(tally)["data"]["train"][0]["path"], "name": "held"}], "train.eval_steps": 6}
-    held |= {"evaluate.models": ["adapter"], "evaluate.max_new_tokens": 2, "evaluate.bootstrap_samples": 10}
-    losses = []
-    for prepare in (None, memory_above(5, training=False)):
-        place = tally.place("run")
-        code = finish(train(recipe(tally, plain | held), place, prepare=prepare), place / "log")
-        expect(code == 0, f"exit {code}: {(place / 'log').read_text()[-600:]}")
-        lines = [json.loads(line) for line in (run_of(place) / "metrics.jsonl").read_text().splitlines()]
-        losses.append([line["eval_loss"] for line in lines if "eval_loss" in line])
-    expect(len(losses[0]) == 2, f"{len(losses[0])} evaluations")
-    for one, other in zip(*losses, strict=True):
-        expect(abs(one - other) <= 1e-6 * abs(one), f"held-out loss {other} instead of {one}")
-
-
-def completed_as(tally: Tally, values: dict[str, Any]) -> Path:
-    """The run folder of an uninterrupted run of `values`, kept."""
-    place = tally.place(f"small-{values['train']['per_device_train_batch_size']}")
-    code = finish(train(values, place), place / "log")
-    if code:
-        raise RuntimeError((place / "log").read_text()[-1500:])
-    return digest_folder(run_of(place))
-
-
-def digest_folder(run: Path) -> Path:
-    """The last checkpoint of a run of 12 steps."""
-    return run / "checkpoints" / "step-000012"
-
-
-def difference(one: Path, other: Path) -> float:
-    """Largest difference of the weights of two checkpoints, relative to the largest weight of the tensor."""
-    import numpy as np
-    from safetensors.numpy import load_file
-
-    first, second = load_file(one / "trainable.safetensors"), load_file(other / "trainable.safetensors")
-    expect(first.keys() == second.keys(), "other tensors")
-    return max(
-        float(np.abs(first[name] - second[name]).max() / max(np.abs(second[name]).max(), 1e-30)) for name in first
-    )
-
-
-def _ledger_is_whole(run: Path, other: Path) -> None:
-    """The same steps with the same number of rows and supervised tokens: nothing lost, nothing twice."""
-    wanted = ledger(other.parents[1])
-    found = ledger(run)
-    expect(
-        [(step, tokens) for step, _, tokens in found] == [(step, tokens) for step, _, tokens in wanted], "the ledger"
-    )
-    states = [json.loads((folder / "state.json").read_text())["state"] for folder in (digest_folder(run), other)]
-    expect(states[0]["samples_consumed"] == states[1]["samples_consumed"] == 96, f"{states[0]} samples")
-
-
-FAULTS = (
-    Fault("F8", "NaN and infinity in losses, gradients, evaluations, adapters", 7, 4, "", not_finite),
-    Fault("F16", "out of memory: smaller micro-batches, the same steps", 6, 3, "of the weights", out_of_memory),
-)
+FAULTS = (Fault("F8", "NaN and infinity in losses, gradients, evaluations, adapters", 7, 4, "", not_finite),)
 MUTANTS = (
     (
         "F8",
@@ -294,6 +190,4 @@ MUTANTS = (
         "if not (math.isfinite(loss) and math.isfinite(norm)):",
         "if not (math.isfinite(loss) and math.isfinite(norm)) and section.skip_nonfinite_steps:",
     ),
-    ("F16", "mmft/data/order.py", "micro_per_step=self.micro_per_step * parts)", "micro_per_step=self.micro_per_step)"),
 )
-assert STEPS == 24

@@ -87,7 +87,7 @@ def _resumed_by_one(tally: Tally, values: dict[str, Any], place: Path, wanted: d
     expect(code == 0, f"exit {code}: {(place / 'log').read_text()[-500:]}")
     for (step, loss, tokens), (other, want, count) in zip(ledger(run_of(place)), wanted["ledger"], strict=True):
         expect((step, tokens) == (other, count), "other rows")
-        expect(abs(loss - want) <= 1e-5 * abs(want), f"step {step}: loss {loss} instead of {want}")
+        expect(abs(loss - want) <= 1e-6 * abs(want), f"step {step}: loss {loss} instead of {want}")
 
 
 def _hangs(tally: Tally, wanted: dict[str, Any]) -> None:
