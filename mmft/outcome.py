@@ -50,13 +50,13 @@ def keep_trained(run: RunFolder, adapted: Adapted) -> None:
     run.journal.event("adapter", folder=str(run.adapter), digest=adapter_digest(run.adapter))
 
 
-def restore_trained(run: RunFolder) -> Adapted:
+def restore_trained(run: RunFolder, *, device: torch.device | None = None) -> Adapted:
     """The run's trained model, loaded from what `keep_trained` wrote."""
     recipe, base = run.recipe, kind_of(run.recipe).base(run.recipe, run.path)
     if recipe.adapter.method == "full":
         trained = load_backbone(folder_section(base, run.model))
         return Adapted(trained.model, trained, (), "full", ())
-    backbone = load_backbone(base, recipe.quantization)
+    backbone = load_backbone(base, recipe.quantization, device=device)
     return Adapted(load_adapter(backbone, run.adapter), backbone, (), recipe.adapter.method, ())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from mmft.adapters.build import build_adapters
 from mmft.backbones.load import load_backbone
+from mmft.engine.sharding import asked, check_recipe, loading_device, shard
 from mmft.kinds import kind_of
 from mmft.kinds.custom import ObjectiveFactory, find_factory, find_rewards
 from mmft.outcome import evaluate_stage, export_stage, keep_trained, report_stage, restore_trained
@@ -37,6 +38,9 @@ def train(
     factory = find_factory(objective) if objective is not None else None
     own = find_rewards(rewards)
     accelerator = make_accelerator(loaded.train)
+    sharded = asked(accelerator.num_processes)
+    if sharded:
+        check_recipe(loaded, custom=factory is not None)
     rank = accelerator.process_index
     with open_run(loaded, resume=resume, overwrite=overwrite, rank=rank, quiet=quiet) as run:
         accelerator.wait_for_everyone()
@@ -44,17 +48,21 @@ def train(
             run.journal.say(f"{run.path} is complete; nothing was left to do")
             return done
         kind = kind_of(loaded)
-        backbone = load_backbone(kind.base(loaded, run.path), loaded.quantization, device=accelerator.device)
+        backbone = load_backbone(kind.base(loaded, run.path), loaded.quantization, device=loading_device(accelerator))
         datasets = replace(load_datasets(loaded, backbone.processor, run.journal), rewards=own)
         seen = calibration(loaded, backbone, datasets)
         adapted = build_adapters(backbone, loaded.adapter, seed=loaded.train.seed, calibration=seen)
         adapted = kind.adapt(adapted, loaded)
         run.journal.table("trained", ["part", "what", "mode", "modules", "parameters"], adapted.table())
+        if sharded:
+            shard(adapted, accelerator, run.journal)
         train_stage(run, adapted, datasets, accelerator, resume=resume, factory=factory)
         report: dict[str, Any] = {}
         if accelerator.is_main_process:
             kind.settle(loaded, adapted, datasets)
             keep_trained(run, adapted)
+            if sharded:  # what follows runs on this rank alone, which holds a part of the layers only
+                adapted = restore_trained(run, device=accelerator.device)
             merge = export_stage(run, adapted, datasets)
             evaluate_stage(run, adapted, datasets)
             report = report_stage(run, merge)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import resource
 import time
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from mmft.data.steps import plan_steps
 from mmft.engine.callbacks import Callback, MetricsWriter, Progress
 from mmft.engine.guards import Interrupted
 from mmft.engine.loop import Engine, TrainJob
+from mmft.engine.sharding import is_sharded, refuse_launcher
 from mmft.engine.state import TrainState
 from mmft.errors import DataError, Problem, RecipeError, choices
 from mmft.fast.known import fast_plan, install
@@ -55,9 +55,9 @@ def make_accelerator(section: TrainSection) -> Accelerator:
     """accelerate for device, ranks and trackers; precision and accumulation are the engine's own.
 
     Raises RecipeError for a tracker that is unknown or not installed (accelerate would leave it out in silence), and
-    where accelerate was told to cut the weights up.
+    where accelerate was configured for what mmft does not train with.
     """
-    _refuse_sharding()
+    refuse_launcher()
     there = [str(tracker) for tracker in get_available_trackers()]
     for position, name in enumerate(section.report_to):
         if name not in there:
@@ -76,19 +76,6 @@ def make_accelerator(section: TrainSection) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(seconds=section.ddp_timeout)),
         ],
     )
-
-
-def _refuse_sharding() -> None:
-    """Checkpoints, merge and evaluation read whole weights, which FSDP and DeepSpeed cut up: left alone, ranks would
-    train apart in silence."""
-    for name, kind in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
-            raise RecipeError(
-                f"accelerate was configured for {kind}, which mmft does not train with",
-                where=name,
-                allowed="one process, or DDP (recipes/accelerate/ddp.yaml)",
-                do="launch with that file; quantization.load_in_4bit makes a large base fit into one device",
-            )
 
 
 def load_datasets(recipe: Recipe, processor: Any, journal: Journal) -> Datasets:
@@ -262,7 +249,17 @@ def train_stage(
     writer = MetricsWriter(run.journal, accelerator, every=recipe.train.logging_steps)
     held = next(iter(datasets.evals.values()), [])
     world, custom = accelerator.num_processes, factory is not None
-    setting = Setting(recipe, adapted, datasets.renderer, datasets.train, world, custom=custom, steps=plan, evals=held)
+    setting = Setting(
+        recipe,
+        adapted,
+        datasets.renderer,
+        datasets.train,
+        world,
+        custom=custom,
+        steps=plan,
+        evals=held,
+        sharded=is_sharded(adapted.model),
+    )
     work = Work(adapted, _objective(recipe, adapted, datasets, factory), datasets.renderer, steps=plan)
     fast, work = install(fast_plan(setting), setting, work)
     demand(recipe, fast)

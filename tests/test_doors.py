@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import mmft
 from mmft.data.sample import Sample
 from mmft.data.steps import plan_steps
+from mmft.engine.sharding import asked, check_recipe, refuse_launcher
 from mmft.errors import RecipeError
 from mmft.recipe.load import load_recipe
 from mmft.recipe.schema import TrainSection
@@ -101,14 +102,60 @@ def test_configs_are_what_accelerate_reads(path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     found = load_config_from_file(str(path))
-    assert found.num_processes == 2 and str(found.distributed_type).endswith("MULTI_GPU")
+    kind = "FSDP" if path.stem.startswith("fsdp") else "MULTI_GPU"
+    assert found.num_processes == 2 and str(found.distributed_type).endswith(kind)
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_weights_that_are_cut_up_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(RecipeError, match="which mmft does not train with"):
+def test_the_config_for_fsdp2_asks_for_what_is_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variables that accelerate's launcher makes of it are accepted."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    path = REPOSITORY / "recipes" / "accelerate" / "fsdp2.yaml"
+    given = launch_command_parser().parse_args(["--config_file", str(path), "-m", "mmft"])
+    made = prepare_multi_gpu_env(_validate_launch_command(given)[0])
+    chosen = {name: value for name, value in made.items() if name.startswith(("FSDP_", "ACCELERATE_USE_"))}
+    assert chosen["ACCELERATE_USE_FSDP"] == "true" and chosen["FSDP_VERSION"] == "2"
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    refuse_launcher()
+    assert asked() and not asked(world=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED"),
+        ({"USE_FSDP": "true", "VERSION": "1"}, "FSDP_VERSION"),
+        ({"USE_FSDP": "true"}, "FSDP_VERSION"),
+        ({"USE_FSDP": "true", "VERSION": "2", "OFFLOAD_PARAMS": "true"}, "FSDP_OFFLOAD_PARAMS"),
+        ({"USE_FSDP": "true", "VERSION": "2", "CPU_RAM_EFFICIENT_LOADING": "true"}, "FSDP_CPU_RAM_EFFICIENT_LOADING"),
+    ],
+)
+def test_other_ways_to_cut_weights_up_are_refused(
+    changes: dict[str, str], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in changes.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}" if name.startswith("USE_") else f"FSDP_{name}", value)
+    with pytest.raises(RecipeError, match="accelerate was configured") as caught:
         make_accelerator(TrainSection())
+    assert caught.value.problems[0].where == where
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"quantization.load_in_4bit": True}, "quantization"),
+        ({"objective.name": "dpo"}, "objective.name"),
+        ({"adapter.method": "adalora"}, "adapter.method"),
+        ({"adapter.init_lora_weights": "pissa"}, "adapter.init_lora_weights"),
+    ],
+)
+def test_runs_that_cannot_be_cut_up_say_why(changes: dict[str, object], where: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="FSDP2 cannot be used here") as caught:
+        check_recipe(load_recipe(values(tmp_path, changes)))
+    assert caught.value.problems[0].where == where
+    check_recipe(load_recipe(values(tmp_path)))
 
 
 def _near(one: Path, two: Path) -> None:

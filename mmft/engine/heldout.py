@@ -28,8 +28,13 @@ def mean_loss(
     bad: list[str] = []
     size = job.eval_batch_size
     with ranks.together("an evaluation", ()):
-        for start in range(ranks.rank * size, len(samples), size * ranks.world):
-            for ids, loss in _losses(job, samples[start : start + size], pad=pad, place=place):
+        for start in range(ranks.rank * size, len(samples) + ranks.rank * size, size * ranks.world):
+            rows = samples[start : start + size]
+            if not rows and ranks.lockstep:  # the others gather weights for a forward more
+                job.objective.loss(
+                    job.adapted.model, place(assemble(job.renderer, [(samples[0], 0)], pad_token_id=pad))
+                )
+            for ids, loss in _losses(job, rows, pad=pad, place=place, halves=not ranks.lockstep):
                 sums["count"] += loss.count
                 for name, value in {**loss.logs, "loss": loss.sum}.items():
                     sums[name] = sums.get(name, 0.0) + float(value)
@@ -49,16 +54,18 @@ def mean_loss(
 
 
 def _losses(
-    job: TrainJob, rows: Sequence[Sample], *, pad: int, place: Callable[[Batch], Batch]
+    job: TrainJob, rows: Sequence[Sample], *, pad: int, place: Callable[[Batch], Batch], halves: bool = True
 ) -> Iterator[tuple[tuple[str, ...], Loss]]:
-    """The loss of the rows in one forward; in two halves where the memory does not hold them."""
+    """The loss of the rows in one forward; in two halves where the memory does not hold them and that is allowed."""
+    if not rows:
+        return
     batch = assemble(job.renderer, [(sample, 0) for sample in rows], pad_token_id=pad)
     loss = None
     try:
         with memory_errors("an evaluation", batch.ids):
             loss = job.objective.loss(job.adapted.model, place(batch))
     except Exception as error:
-        if len(rows) == 1 or not is_memory_error(error):
+        if len(rows) == 1 or not halves or not is_memory_error(error):
             raise
     if loss is not None:
         yield batch.ids, loss

@@ -33,6 +33,7 @@ from mmft.engine.job import TrainJob
 from mmft.engine.memory import checkpoint_layers
 from mmft.engine.optim import Masters, build_optimizer, lr_scale, set_learning_rate
 from mmft.engine.ranks import Ranks
+from mmft.engine.sharding import is_sharded
 from mmft.engine.state import TrainState
 from mmft.errors import CheckpointError, MemoryLimitError
 from mmft.journal import Journal
@@ -65,7 +66,7 @@ class Engine:
         self.recomputed = checkpoint_layers(job.adapted) if job.section.gradient_checkpointing else []
         self._training_mode()
         # accelerate gives processes and devices; precision, clipping and the sum over ranks are stated here.
-        self.ranks = Ranks(accelerator)
+        self.ranks = Ranks(accelerator, lockstep=is_sharded(job.adapted.model))
         self.ranks.start_alike(self.params.values())
         self.masters.give_weights()
 

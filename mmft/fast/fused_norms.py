@@ -69,4 +69,6 @@ def install(setting: Setting, work: Work) -> Work:
     return replace(work, undo=(*work.undo, take_back))
 
 
-CANDIDATE = Candidate("norms_fused", holds, saves, install)
+CANDIDATE = Candidate(
+    "norms_fused", holds, saves, install, whole="it works on weights that are gathered for a layer's own forward only"
+)

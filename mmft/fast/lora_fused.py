@@ -74,7 +74,9 @@ def install(setting: Setting, work: Work) -> Work:
     return replace(work, undo=(*work.undo, layers_back, blocks_back))
 
 
-CANDIDATE = Candidate("lora_fused", holds, saves, install)
+CANDIDATE = Candidate(
+    "lora_fused", holds, saves, install, whole="it works on weights that are gathered for a layer's own forward only"
+)
 
 
 # -- 4-bit weights, dequantised once ----------------------------------------------------------------------------------
@@ -125,4 +127,6 @@ def chosen_fast(model: Any) -> list[Any]:
     return [layer for layer in lora_layers_of(model).values() if hasattr(layer, "mmft_site")]
 
 
-ONCE = Candidate("nf4_once", once_holds, once_saves, once_install, bits=False)
+ONCE = Candidate(
+    "nf4_once", once_holds, once_saves, once_install, bits=False, whole="quantized weights are not cut up over ranks"
+)

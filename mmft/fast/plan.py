@@ -61,7 +61,7 @@ class FastPlan:
 class Setting:
     """What an optimisation looks at. `renderer` is None where no processor is at hand; `custom`: the objective is the
     user's own, of which nothing is known but that it calls the model with `batch.inputs`; `evals`: rows whose loss is
-    looked at while training."""
+    looked at while training; `sharded`: the language layers are cut up over the ranks."""
 
     recipe: Recipe
     adapted: Adapted
@@ -71,6 +71,7 @@ class Setting:
     custom: bool = False
     steps: StepPlan | None = None
     evals: Sequence[Sample] = ()
+    sharded: bool = False
 
 
 def _as_it_is(batch: Batch) -> Batch:
@@ -107,7 +108,8 @@ def _unchanged(setting: Setting, work: Work) -> Work:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An optimisation: the functions that decide on it, estimate it and put it in (see the module)."""
+    """An optimisation: the functions that decide on it, estimate it and put it in (see the module). `whole`: why it is
+    off where the language layers are cut up over the ranks."""
 
     name: str
     holds: Callable[[Setting], tuple[bool, str]]
@@ -115,6 +117,7 @@ class Candidate:
     install: Callable[[Setting, Work], Work] = _unchanged
     without: Callable[[Setting, Work], Work] = _unchanged
     bits: bool = True
+    whole: str = ""
 
 
 def fast_plan(setting: Setting, candidates: Sequence[Candidate]) -> FastPlan:
@@ -123,6 +126,8 @@ def fast_plan(setting: Setting, candidates: Sequence[Candidate]) -> FastPlan:
     rows = []
     for one in candidates:
         on, reason = one.holds(setting)
+        if on and setting.sharded and one.whole:
+            on, reason = False, one.whole
         if wanted is False or (wanted is not True and one.name not in wanted):
             on, reason = False, "switched off by train.fast"
         rows.append(Optimisation(one.name, on, reason, one.saves(setting) if on else "", one.bits))

@@ -154,4 +154,6 @@ def install(setting: Setting, work: Work) -> Work:
     return replace(work, undo=(*work.undo, take_back))
 
 
-CANDIDATE = Candidate("attention_products", holds, saves, install)
+CANDIDATE = Candidate(
+    "attention_products", holds, saves, install, whole="ranks that time it would run unlike numbers of forwards"
+)

@@ -8,12 +8,14 @@ usual size a gradient of rounding noise moves its weight by the full rate, and t
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from tests.faults.ranks import two
-from tests.faults.trial import expect, finish, train, wait
+from tests.faults.trial import at_step, expect, finish, train, wait
 
 STEPS = 6
 ROWS = 21
@@ -28,6 +30,18 @@ CASES: dict[str, dict[str, Any]] = {
     "augmented": {"train": BASE, "data": {"augmentation": {"crop": 0.3, "horizontal_flip": 0.5}}},
 }
 """Each recipe's changes by section."""
+HELD = {"per_device_eval_batch_size": 2, "models": ["adapter"], "max_new_tokens": 2, "bootstrap_samples": 10}
+SHARDED: dict[str, dict[str, Any]] = {
+    "cut up": {"train": BASE | {"eval_steps": 3}, "evaluate": HELD},
+    "cut up, DoRA, recomputed": {
+        "train": BASE | {"effective_batch_size": 12, "gradient_checkpointing": True},
+        "adapter": {"lora_dropout": 0.1, "use_dora": True, "targets": ["language.attention", "language.mlp"]},
+    },
+    "cut up, ranks without a picture": CASES["ranks without a picture"],
+    "cut up, packed": CASES["packed"],
+}
+"""The same with the language layers cut up over two ranks (FSDP2), against one process that holds them whole."""
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 
 
 def shelf(out: Path) -> None:
@@ -66,8 +80,11 @@ def recipe(out: Path, case: str) -> dict[str, Any]:
         },
         "export": {"merge": False},
     }
-    for section, changes in CASES[case].items():
-        values[section] = values[section] | changes
+    for section, changes in (CASES | SHARDED)[case].items():
+        values[section] = values.get(section, {}) | changes
+    if "evaluate" in values:  # three rows: the second rank has a batch less than the first
+        values["data"]["eval"] = [{"path": str(out / "rows" / "rows.jsonl#3"), "name": "held"}]
+        values["export"] = {"merge": True, "verify_rows": 2}
     return values
 
 
@@ -99,6 +116,24 @@ def watched(place: Path) -> Any:
     return prepare
 
 
+def resumed(out: Path) -> None:
+    """The run that is cut up, told to stop after three steps: once resumed as it was, once by one process alone."""
+    values = recipe(out, "cut up")
+    values["train"]["fast"] = False  # a run on whole layers would switch more of it on, and resume shares it
+    stop = at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    for name in ("uninterrupted", "again", "alone"):
+        place = out / "stopped" / name
+        place.mkdir(parents=True)
+        if name != "uninterrupted":
+            codes = [wait(pid) for pid in two(values, place, prepare=stop, environment=FSDP)]
+            expect(codes == [143, 143], f"{name}: {codes} {(place / 'log0').read_text()[-1500:]}")
+        if name == "alone":
+            codes = [finish(train(values, place, resume=True), place / "log0")]
+        else:
+            codes = [wait(pid) for pid in two(values, place, resume=name == "again", environment=FSDP)]
+        expect(not any(codes), f"{name}: {codes} {(place / 'log0').read_text()[-1500:]}")
+
+
 def main() -> None:
     """All runs, into OUT/CASE/one and OUT/CASE/two."""
     from tests.faults.__main__ import warm
@@ -106,7 +141,8 @@ def main() -> None:
     out = Path(sys.argv[1])
     warm()
     expect(finish(lambda: shelf(out), out / "log") == 0, (out / "log").read_text() if (out / "log").exists() else "")
-    for case in CASES:
+    resumed(out)
+    for case in (*CASES, *SHARDED):
         values = recipe(out, case)
         for world in ("one", "two"):
             place = out / case / world
@@ -114,7 +150,8 @@ def main() -> None:
             if world == "one":
                 codes = [finish(train(values, place, prepare=watched(place)), place / "log0")]
             else:
-                codes = [wait(pid) for pid in two(values, place, prepare=watched(place))]
+                more = FSDP if case in SHARDED else None
+                codes = [wait(pid) for pid in two(values, place, prepare=watched(place), environment=more)]
             expect(not any(codes), f"{case} by {world}: {codes} {(place / 'log0').read_text()[-1500:]}")
 
 

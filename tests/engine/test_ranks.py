@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.engine.pairs import CASES, STEPS
-from tests.faults.trial import ledger, run_of
-from tests.runs import REPOSITORY, environment
+from tests.engine.pairs import CASES, SHARDED, STEPS
+from tests.faults.trial import digest, ledger, run_of, same
+from tests.runs import REPOSITORY, environment, read_lines
 
 NEAR = 1e-6
+_STOPPED = ("uninterrupted", "again", "alone")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def _shown(place: Path, ranks: int) -> list[list[list[bool]]]:
     return [json.loads((place / f"shown-{rank}.json").read_text()) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *SHARDED])
 def test_two_processes_compute_the_steps_of_one(pairs: Path, case: str) -> None:
     one, two = pairs / case / "one", pairs / case / "two"
     ours, theirs = ledger(run_of(two)), ledger(run_of(one))
@@ -45,6 +46,24 @@ def test_two_processes_compute_the_steps_of_one(pairs: Path, case: str) -> None:
         largest = max(float(value.abs().max()) for value in wanted.values())
         for name, value in wanted.items():
             assert float((found[name] - value).abs().max()) <= NEAR * largest, (step, name)
+
+
+def test_a_run_that_is_cut_up_is_held_out_and_merged_like_any_other(pairs: Path) -> None:
+    one, two = (run_of(pairs / "cut up" / world) for world in ("one", "two"))
+    held = [[row["eval_loss"] for row in read_lines(run / "metrics.jsonl") if "eval_loss" in row] for run in (one, two)]
+    assert len(held[0]) == 2 and held[1] == pytest.approx(held[0], rel=NEAR)
+    ours, theirs = (load_file(run / "merged" / "model.safetensors") for run in (one, two))
+    assert ours.keys() == theirs.keys()
+    assert all(float((ours[name] - theirs[name]).abs().max()) <= 1e-6 for name in ours)
+    (told,) = [event for event in read_lines(two / "events.jsonl") if event["kind"] == "shards"]
+    assert (told["layers"], told["ranks"]) == (2, 2) and told["cut"] > 0.4 * (told["cut"] + told["whole"])
+
+
+def test_a_run_that_is_cut_up_resumes_to_the_same_bytes(pairs: Path) -> None:
+    whole, again, alone = (digest(run_of(pairs / "stopped" / name), step=STEPS) for name in _STOPPED)
+    same(again, whole)
+    assert [row[2] for row in alone["ledger"]] == [row[2] for row in whole["ledger"]]
+    assert [row[1] for row in alone["ledger"]] == pytest.approx([row[1] for row in whole["ledger"]], rel=NEAR)
 
 
 def test_the_cases_are_what_they_are_called(pairs: Path) -> None:

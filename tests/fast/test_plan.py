@@ -62,6 +62,15 @@ def test_the_recipe_switches(fast, on):
     assert plan.on("packing") == ("packing" in on)
 
 
+def test_what_needs_whole_layers_is_off_where_they_are_cut_up():
+    known = [replace(candidate("lora_fused"), whole="layers are gathered"), candidate("packing")]
+    rows = fast_plan(replace(setting(), sharded=True), known).rows
+    assert [(row.on, row.reason) for row in rows] == [(False, "layers are gathered"), (True, "because packing")]
+    assert all(row.on for row in fast_plan(setting(), known).rows)
+    off = {one.name for one in CANDIDATES if one.whole}
+    assert off == {"lora_fused", "nf4_once", "norms_fused", "attention_products"}
+
+
 def test_only_what_may_change_a_bit_binds_a_resumed_run():
     plan = fast_plan(setting(), [candidate("packing"), candidate("head_rows", bits=False), candidate("compile")])
     assert plan.digest == "compile packing"

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,14 @@ def _world(rank: int, port: int) -> dict[str, str]:
     }
 
 
-def two(values: dict[str, Any], place: Path, *, resume: bool = False, prepare: Any = None) -> list[int]:
+def two(
+    values: dict[str, Any],
+    place: Path,
+    *,
+    resume: bool = False,
+    prepare: Any = None,
+    environment: Mapping[str, str] | None = None,
+) -> list[int]:
     """Both processes of a run, started; their ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -39,7 +47,9 @@ def two(values: dict[str, Any], place: Path, *, resume: bool = False, prepare: A
     work = train(values, place, resume=resume, prepare=prepare)
     if not (place / "recipe.yaml").exists():
         (place / "recipe.yaml").write_text(json.dumps(values))
-    return [start(work, place / f"log{rank}", environment=_world(rank, port)) for rank in (0, 1)]
+    return [
+        start(work, place / f"log{rank}", environment={**_world(rank, port), **(environment or {})}) for rank in (0, 1)
+    ]
 
 
 def _both(values: dict[str, Any], place: Path, *, resume: bool = False) -> None:
