@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.faults.ranks import two
 from tests.faults.trial import (
     SAVE_EVERY,
     STEPS,
@@ -30,40 +31,60 @@ from tests.faults.trial import (
     wait,
 )
 
+AUGMENTED = {"crop": 0.3, "horizontal_flip": 0.5, "color": 0.2}
 
-def settings() -> list[dict[str, Any]]:
-    """Workers x accumulation x packing."""
-    found = []
+
+def settings() -> list[tuple[int, dict[str, Any]]]:
+    """(processes, changes): workers x accumulation x packing by one process, and one setting by two; pictures are
+    cropped, turned and coloured anew in every epoch."""
+    found: list[tuple[int, dict[str, Any]]] = []
     for workers, accumulation, packing in itertools.product((0, 2), (1, 3), (False, True)):
         values: dict[str, Any] = {
             "train.dataloader_num_workers": workers,
             "train.effective_batch_size": 2 * accumulation,
         }
         values["train.packing"] = packing
+        values["data.augmentation"] = AUGMENTED
         if packing:  # dropout draws by the shape of a batch, so packed rows have none
             values["adapter.lora_dropout"] = 0.0
-        found.append(values)
+        found.append((1, values))
+    found.append((2, {"train.effective_batch_size": 8, "data.augmentation": AUGMENTED}))
     return found
 
 
+def _ended(world: int, values: dict[str, Any], place: Path, **how: Any) -> set[int]:
+    """Exit codes of a run by so many processes."""
+    if world == 1:
+        return {finish(train(values, place, **how), place / "log")}
+    return {wait(pid) for pid in two(values, place, **how)}
+
+
+def _told(place: Path) -> str:
+    return "".join(path.read_text()[-800:] for path in sorted(place.glob("log*")))
+
+
 def stop_anywhere(tally: Tally, count: int) -> None:
-    """F1: SIGTERM after every step in every setting, then `--resume`."""
+    """F1: SIGTERM after every step in every setting, by one and by two processes, then `--resume`."""
     kinds = settings()
     pairs = [(step, kind) for step in range(1, STEPS) for kind in range(len(kinds))]
     if count < len(pairs):
         pairs = sorted(tally.draw.sample(pairs, count))
-    wanted = {
-        kind: completed(tally, f"whole-{kind}", recipe(tally, kinds[kind])) for kind in {kind for _, kind in pairs}
-    }
+    wanted = {}
+    for kind in sorted({kind for _, kind in pairs}):
+        world, changes = kinds[kind]
+        place = tally.place(f"whole-{kind}")
+        expect(_ended(world, recipe(tally, changes), place) == {0}, f"the uninterrupted run: {_told(place)}")
+        wanted[kind] = digest(run_of(place))
     for step, kind in pairs:
-        with tally.trial(f"step {step}, {kinds[kind]}"):
-            values, place = recipe(tally, kinds[kind]), tally.place("run")
+        world, changes = kinds[kind]
+        with tally.trial(f"step {step}, {world} processes, {changes}"):
+            values, place = recipe(tally, changes), tally.place("run")
             stop = at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
-            code = finish(train(values, place, prepare=stop), place / "log")
-            expect(code == 143, f"exit {code}: {(place / 'log').read_text()[-500:]}")
+            codes = _ended(world, values, place, prepare=stop)
+            expect(codes == {143}, f"exits {codes}: {_told(place)}")
             expect(newest(run_of(place)) == step, f"the newest checkpoint is of step {newest(run_of(place))}")
-            code = finish(train(values, place, resume=True), place / "log")
-            expect(code == 0, f"exit {code} on resuming: {(place / 'log').read_text()[-500:]}")
+            codes = _ended(world, values, place, resume=True)
+            expect(codes == {0}, f"exits {codes} on resuming: {_told(place)}")
             same(digest(run_of(place)), wanted[kind])
     tally.notes.append(f"{len(pairs)} stops in {len(wanted)} settings")
 
@@ -209,7 +230,7 @@ def told_to_stop(tally: Tally, count: int) -> None:
 
 
 FAULTS = (
-    Fault("F1", "stopped after any step, resumed", 184, 6, "", stop_anywhere),
+    Fault("F1", "stopped after any step, resumed", 207, 6, "", stop_anywhere),
     Fault("F2", "kill -9 at any moment, 3 of 10 inside a save", 200, 6, "steps lost", kill_anywhere),
     Fault("F7", "SIGTERM, SIGINT, SIGUSR1 at any moment", 60, 5, "s to the end", told_to_stop),
 )
