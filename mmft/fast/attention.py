@@ -58,6 +58,11 @@ def choose_products(on: bool) -> bool:
     return before
 
 
+def products_chosen() -> bool:
+    """What `choose_products` chose."""
+    return _Choice.products
+
+
 def attend(
     query: Tensor,
     key: Tensor,

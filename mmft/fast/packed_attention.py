@@ -30,7 +30,8 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
 from mmft.errors import BackboneError
-from mmft.fast.attention import attend
+from mmft.fast.attention import attend, products_chosen
+from mmft.fast.line_attention import groups_of, line_attention
 
 NAME = "mmft_packed"
 Row = tuple[int, int, int, int]
@@ -100,6 +101,10 @@ def packed_attention(
     rows: list[Row] = [tuple(row) for row in attention_mask[0, 0].tolist()]  # type: ignore[misc]
     if query.is_cuda and not any(row[3] for row in rows) and is_flash_attn_2_available():
         return _flash(query, key, value, rows, dropout=dropout, scale=scaling, window=window), None
+    longest = max(row[1] - row[0] + row[3] - row[2] for row in rows)
+    if products_chosen() and query.device.type == "cpu" and not dropout and (window is None or window >= longest):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return line_attention(query, key, value, groups_of(tuple(rows)), scale=scale), None
     parts = [
         _attend(query, key, value, list(group), dropout=dropout, scale=scaling, window=window)
         for _, group in groupby(rows, key=lambda row: row[2:] if row[3] else row)

@@ -140,6 +140,18 @@ def test_a_line_of_two_rows():
     assert (batch.ids, batch.supervised, batch.tokens, batch.padding) == (("a", "b"), 3, 5, 0)
 
 
+def test_a_line_is_filled_up_with_copies_of_its_last_token():
+    rows = [row([5, 6, 7], 0, "a", kind=torch.tensor([[1, 1, 2]])), row([8, 9], 1, "b", kind=torch.tensor([[3, 4]]))]
+    batch = pack(rows, multiple=4)
+    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 9, 9, 9]]
+    assert batch.inputs["kind"].tolist() == [[1, 1, 2, 3, 4, 4, 4, 4]]
+    assert batch.inputs["attention_mask"].tolist() == [[[[0, 3, 0, 0], [3, 8, 0, 0]]]]  # behind the row: never seen
+    assert batch.labels.tolist() == [[IGNORED, 6, 7, IGNORED, 9, IGNORED, IGNORED, IGNORED]]
+    assert (batch.supervised, batch.tokens, batch.padding) == (3, 5, 3)
+    assert pack(rows, multiple=5).padding == 0
+    assert pack(rows, multiple=4, media_ids=torch.tensor([9])).padding == 0  # no picture without its features
+
+
 def test_rows_of_one_picture_begin_together():
     ids = torch.tensor([9])
     first, second = row([1, 9, 9, 4, 5, 6], 4, "a"), row([1, 9, 9, 4, 7, 8], 4, "b")
