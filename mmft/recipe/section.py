@@ -12,6 +12,7 @@ FastName = Literal[
     "frozen_no_graph",
     "head_rows",
     "head_in_forward",
+    "last_layer",
     "feature_store",
     "packing",
     "shared_prefix",
