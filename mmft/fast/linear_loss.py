@@ -10,7 +10,7 @@ for each row and token of the vocabulary. Price: none in products; in evaluation
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +88,39 @@ class _Sums:
                 self._add(3, (slope.t() @ F.linear(hidden, a)) * head.scaling)
 
 
+class _Scratch:
+    """Memory for the logits of a chunk, kept from step to step: fresh pages cost a CPU more than the arithmetic."""
+
+    _held: ClassVar[dict[str, Tensor]] = {}
+
+    @classmethod
+    def take(cls, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor with any content; it is overwritten at the next call with this name."""
+        size, held = shape[0] * shape[1], cls._held.get(name)
+        if held is None or held.numel() < size or held.dtype != dtype or held.device != device:
+            held = cls._held[name] = torch.empty(size, dtype=dtype, device=device)
+        return held[:size].view(shape)
+
+
+def _logp(part: Tensor, weight: Tensor, head: LinearHead) -> tuple[Tensor, Tensor]:
+    """(logits, their log-softmax) of a chunk; both are overwritten by the next."""
+    shape = (len(part), len(weight))
+    wide = torch.promote_types(part.dtype, torch.float32)
+    out = _Scratch.take("logp", shape, wide, part.device)
+    if head.bias is None and head.a is None and head.scale == 1.0 and head.cap is None:
+        raw = torch.mm(part, weight.t(), out=_Scratch.take("raw", shape, part.dtype, part.device))
+        shaped = _Scratch.take("shaped", shape, wide, part.device).copy_(raw)
+    else:
+        shaped = head.shaped(head.raw(part, weight))
+    return shaped, torch.ops.aten._log_softmax.out(shaped, -1, False, out=out)
+
+
+def _hits(shaped: Tensor, goals: Tensor) -> Tensor:
+    """How many rows' first largest logit is the goal's; only rows that tie with it are looked through."""
+    best = shaped.gather(1, goals[:, None])[:, 0] == shaped.amax(-1)
+    return (shaped[best].argmax(-1) == goals[best]).sum()
+
+
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -108,9 +141,8 @@ class _LinearLoss(torch.autograd.Function):
             hits = targets.new_zeros(())
             step = max(LEAST_ROWS, CHUNK_BYTES // (10 * len(weight)))
             for part, goals, into in zip(rows.split(step), targets.split(step), slope.split(step), strict=True):
-                shaped = head.shaped(head.raw(part, weight))
-                hits += (shaped.argmax(-1) == goals).sum()
-                logp = torch.log_softmax(shaped, -1)
+                shaped, logp = _logp(part, weight, head)
+                hits += _hits(shaped, goals)
                 chosen = logp.gather(1, goals[:, None])
                 total -= (1.0 - smoothing) * chosen.sum()
                 if smoothing:
@@ -124,7 +156,7 @@ class _LinearLoss(torch.autograd.Function):
                         logits *= 1.0 - (shaped / head.cap).square_()
                     if head.scale != 1.0:
                         logits *= head.scale
-                    given = logits.to(dtype)
+                    given = _Scratch.take("raw", (len(part), len(weight)), dtype, part.device).copy_(logits)
                     torch.mm(given, weight, out=into)
                     sums.add(part, given, into)
         ctx.mark_non_differentiable(hits)
