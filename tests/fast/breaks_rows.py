@@ -12,6 +12,8 @@ _COUNT = "fast/test_no_graph.py::test_the_plan_counts_what_lies_before_the_first
 _PACKED = "fast/test_packing.py::test_a_packed_step_is_the_plain_step"
 _SHARED = "fast/test_packing.py::test_a_shared_beginning_is_the_plain_step"
 _STORED = "fast/test_feature_store.py::test_loss_and_gradients_are_those_of_pixels"
+_LINE = "fast/test_line_attention.py::test_values_and_gradients_are_those_of_rows_alone"
+_LAST = "fast/test_last_layer.py"
 _MISSES = "fast/test_feature_store.py::test_one_weight_one_setting_one_pixel_are_misses"
 
 ROWS: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
@@ -214,6 +216,80 @@ ROWS: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
                 "own != key or hashlib.sha256(rest).digest() != digest",
                 "own != key",
                 "fast/test_slabs.py::test_a_torn_entry_is_never_read",
+            ),
+        ),
+    ),
+    (
+        "packing",
+        "fast/line_attention.py",
+        (
+            ("a token does not see itself", ".triu_(1)", ".triu_(0)", f"{_LINE}[one row]"),
+            (
+                "the padding of a row is put into the next",
+                "min(width, end - start - block[0])",
+                "width",
+                f"{_LINE}[long and short]",
+            ),
+            ("keys lose their scale", "to_key.mul_(ctx.scale).to(kind)", "to_key.to(kind)", f"{_LINE}[one row]"),
+            (
+                "a beginning hears of its first rest only",
+                "rows[:, :, : group.seen].sum(0, dtype=total.dtype)",
+                "rows[0, :, : group.seen].to(total.dtype)",
+                f"{_LINE}[rests of a beginning]",
+            ),
+            (
+                "a block's values are written over",
+                "to_values[:, :seen] += values",
+                "to_values[:, :seen] = values",
+                f"{_LINE}[beyond what is kept]",
+            ),
+        ),
+    ),
+    (
+        "packing",
+        "data/packing.py",
+        (
+            (
+                "what fills a line up is a target",
+                "        targets[:, -spare:] = IGNORED\n",
+                "        pass\n",
+                "data/test_packing.py::test_a_line_is_filled_up_with_copies_of_its_last_token",
+            ),
+        ),
+    ),
+    (
+        "last_layer",
+        "fast/last_layer.py",
+        (
+            (
+                "the rows of the targets themselves",
+                "F.pad(labels[:, 1:] != IGNORED, (0, 1), value=False)",
+                "F.pad(labels[:, 1:] != IGNORED, (1, 0), value=False)",
+                f"{_LAST}::test_target_rows_stand_before_their_targets",
+            ),
+            (
+                "rows go back to other places",
+                "index_copy(0, rows.index, out[0])",
+                "index_copy(0, rows.index.flip(0), out[0])",
+                f"{_LAST}::test_loss_and_gradients_stay[False]",
+            ),
+            (
+                "a generation is cut too",
+                "            and torch.is_grad_enabled()\n",
+                "",
+                f"{_LAST}::test_the_modules_see_supervised_rows_only",
+            ),
+            (
+                "any layer passes for the last one",
+                "called[-1:] != [layer] or ",
+                "",
+                f"{_LAST}::test_a_layer_that_is_not_the_last_is_refused",
+            ),
+            (
+                "any objective passes",
+                'setting.custom or setting.recipe.objective.name != "sft"',
+                "setting.custom",
+                f"{_LAST}::test_other_objectives_are_left_alone",
             ),
         ),
     ),
