@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmft.adapters.build import set_modes
 from mmft.data.collate import Batch
 from mmft.data.render import IGNORED
 from mmft.errors import MmftError
@@ -121,6 +122,8 @@ def holds(setting: Setting) -> tuple[bool, str]:
         return False, "a decoder beside an encoder is not looked into"
     if METHODS[setting.recipe.adapter.method].place == "prompt":
         return False, "virtual tokens stand before the rows of the labels"
+    if setting.recipe.adapter.lora_dropout:
+        return False, "adapter.lora_dropout draws by the number of rows, so the numbers would be others"
     layers = layers_of(setting)
     if not layers:
         return False, "no list of language layers with an mlp"
@@ -138,6 +141,10 @@ def saves(setting: Setting) -> str:
 def install(setting: Setting, work: Work) -> Work:
     """Hooks on the last layer's modules. Raises NotHere where the head's rows do not stay what they were."""
     rows, layer = Rows(), layers_of(setting)[-1]
+    set_modes(setting.adapted)
+    for module in row_wise(layer):
+        if any(isinstance(one, nn.Dropout) and one.p > 0 and one.training for one in module.modules()):
+            raise NotHere("dropout is active in the last layer and draws by the number of rows")
     undo = [on_rows(module, rows) for module in row_wise(layer)]
 
     def take_back() -> None:

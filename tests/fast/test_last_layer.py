@@ -78,6 +78,17 @@ def test_a_layer_that_is_not_the_last_is_refused(tmp_path, monkeypatch):
     assert not any(one._forward_hooks for one in row_wise(layers[0]))
 
 
+def test_dropout_is_refused(tmp_path):
+    _, setting, work = workplace(tmp_path)
+    layer = layers_of(setting)[-1]
+    lora = next(one for one in layer.mlp.modules() if hasattr(one, "lora_dropout"))
+    lora.lora_dropout["default"] = nn.Dropout(0.1)
+    with pytest.raises(NotHere, match="dropout is active"):
+        CANDIDATE.install(setting, work)
+    adapter = setting.recipe.adapter.model_copy(update={"lora_dropout": 0.1})
+    assert not holds(replace(setting, recipe=setting.recipe.model_copy(update={"adapter": adapter})))[0]
+
+
 def test_other_objectives_are_left_alone(tmp_path):
     _, setting, _ = workplace(tmp_path)
     assert holds(setting)[0]
