@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from pathlib import Path
 
 from mmft.errors import DataError
@@ -26,6 +27,32 @@ def contained(root: Path, relative: str) -> Path:
             do="give a path relative to that folder, or set media_root",
         )
     return path
+
+
+_ROOTS: dict[Path, tuple[Path, int, int]] = {}
+"""Roots that were resolved, with device and inode of the folder they led to."""
+
+
+def _resolved(root: Path) -> Path:
+    """`root.resolve(strict=True)`, kept for as long as the root leads to the same folder."""
+    now = os.stat(root)
+    found = _ROOTS.get(root)
+    if found is None or found[1:] != (now.st_dev, now.st_ino):
+        found = _ROOTS[root] = (root.resolve(strict=True), now.st_dev, now.st_ino)
+    return found[0]
+
+
+def _plainly(base: Path, relative: str) -> Path | None:
+    """The path where nothing below the (resolved) base is a link, which is then what resolving would give."""
+    names = relative.split("/")
+    if "" in names or "." in names:
+        return None
+    at = str(base).rstrip("/")
+    for name in names:
+        at = f"{at}/{name}"
+        if stat.S_ISLNK(os.lstat(at).st_mode):
+            return None
+    return Path(at)
 
 
 def _shown(relative: object) -> str:
@@ -51,8 +78,8 @@ def located(root: Path, relative: str) -> Path:
     if ".." in re.split(r"[\\/]", relative):
         raise refuse("climbs out with '..'")
     try:
-        base = Path(root).resolve(strict=True)
-        path = (base / relative).resolve(strict=True)
+        base = _resolved(Path(root))
+        path = _plainly(base, relative) or (base / relative).resolve(strict=True)
     except (FileNotFoundError, NotADirectoryError):
         raise refuse("does not exist", "check the spelling, and that media_root is the right folder") from None
     except (OSError, RuntimeError, ValueError) as error:

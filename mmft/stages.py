@@ -23,6 +23,7 @@ from mmft.data.audit import audit
 from mmft.data.audit import fingerprint as fingerprint_samples
 from mmft.data.augment import Augmentation
 from mmft.data.formats import Loaded, load_many, source_name
+from mmft.data.lengths import lengths_of
 from mmft.data.loader import RowRenderer
 from mmft.data.order import StepPlan
 from mmft.data.readable import readable
@@ -119,13 +120,9 @@ def fitting(samples: list[Sample], renderer: RowRenderer, journal: Journal, *, n
     Every length is taken before training (no picture is decoded for it), so that a long row is not met hours later.
     Raises DataError naming the longest rows that stay too long, or when no row is left.
     """
-    long: dict[int, int] = {}
     with journal.progress(len(samples), f"{name}: lengths") as bar:
-        for index, sample in enumerate(samples):
-            length = renderer.length(sample)
-            if length > renderer.max_length:
-                long[index] = length
-            bar.update(1)
+        lengths = lengths_of(renderer, samples, progress=bar.update)
+    long = {index: length for index, length in enumerate(lengths) if length > renderer.max_length}
     if renderer.over_length == "error":
         _refuse_long(samples, long, renderer, name=name)
         return samples

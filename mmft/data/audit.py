@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mmft.data.lengths import lengths_of
 from mmft.data.media import media_digest
 from mmft.data.render import IGNORED, Renderer
 from mmft.data.sample import MediaRef, Sample
@@ -44,7 +45,7 @@ def audit(samples: Sequence[Sample], renderer: Renderer, *, limit: int | None = 
     dropped: tuple[str, ...] = ()
     kept = samples
     if renderer.over_length == "drop":
-        fits = [renderer.fits(sample) for sample in samples]
+        fits = [length <= renderer.max_length for length in lengths_of(renderer, samples)]
         dropped = tuple(sample.id for sample, fit in zip(samples, fits, strict=True) if not fit)
         kept = [sample for sample, fit in zip(samples, fits, strict=True) if fit]
     measured = _spaced(kept, limit)
@@ -75,13 +76,20 @@ def fingerprint(samples: Iterable[Sample]) -> str:
     """sha256 over ids, turns, references, tags, cells and the content of the media, in order; not over where files
     lie."""
     digest = hashlib.sha256()
+    known: dict[MediaRef, str] = {}
+
+    def content(ref: MediaRef) -> str:
+        if ref not in known:
+            known[ref] = media_digest(ref)
+        return known[ref]
+
     for sample in samples:
         turns = [[turn.role, [[piece.kind, piece.text] for piece in turn.pieces]] for turn in sample.turns]
-        media = [media_digest(ref) for ref in sample.media]
+        media = [content(ref) for ref in sample.media]
         row: list[Any] = [sample.id, sample.source, turns, media, list(sample.answers), sorted(sample.tags.items())]
         row += [list(sample.negatives)] if sample.negatives else []
         row += [
-            [one.text, one.score, one.good, None if one.media is None else [media_digest(ref) for ref in one.media]]
+            [one.text, one.score, one.good, None if one.media is None else [content(ref) for ref in one.media]]
             for one in sample.candidates
         ]
         if sample.cells:

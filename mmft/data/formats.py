@@ -23,6 +23,7 @@ from mmft.data.readers import Row
 from mmft.data.sample import Sample
 from mmft.data.table_rows import parse_table
 from mmft.data.tables import LABEL, Columns, infer_columns
+from mmft.data.uncollected import uncollected
 from mmft.errors import DataError, Problem
 from mmft.recipe.schema import DataSection, DataSource
 from mmft.seeds import fold
@@ -173,7 +174,8 @@ def _loaded(source: DataSource, opened: _Opened, *, seed: int, system: str | Non
     tabular = opened.format == TABLE and columns is not None
     names = columns.kinds if tabular and columns is not None else dict(source.columns)
     context = RowContext(name=opened.name, root=opened.source.root, columns=names, system=system)
-    samples, bad = _parse(opened.rows, opened.format, context)
+    with uncollected():
+        samples, bad = _parse(opened.rows, opened.format, context)
     if source.num_samples is not None and source.num_samples < len(samples):
         chosen = np.random.Generator(np.random.PCG64(fold(seed, "num_samples", opened.name)))
         kept = np.sort(chosen.permutation(len(samples))[: source.num_samples])

@@ -20,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from mmft.data.quick_sizes import HEAD_BYTES, JPEG, PNG, jpeg_size, png_size
 from mmft.data.sample import MediaKind, MediaRef
 from mmft.errors import DataError, MmftError
 from mmft.paths import contained, located
@@ -207,9 +208,23 @@ def header(ref: MediaRef, max_pixels: int) -> Iterator[Image.Image]:
 
 def image_size(ref: MediaRef, *, max_pixels: int) -> tuple[int, int]:
     """(width, height) as `open_image` will return it, from the header alone."""
+    with open_bytes(ref) as stream:
+        size = _quick_size(stream)
+    if size is not None and min(size) >= 1 and size[0] * size[1] <= max_pixels:
+        return size
     with header(ref, max_pixels) as image:
         width, height = image.size
         return (height, width) if image.getexif().get(_ORIENTATION) in _ROTATED else (width, height)
+
+
+def _quick_size(stream: BinaryIO) -> tuple[int, int] | None:
+    try:
+        head = stream.read(HEAD_BYTES)
+        if head.startswith(JPEG):
+            return jpeg_size(head)
+        return png_size(head + stream.read(MAX_FILE_BYTES)) if head.startswith(PNG) else None
+    except OSError:
+        return None  # told where the file is read as a whole
 
 
 def picture_traits(ref: MediaRef, *, max_pixels: int) -> tuple[str, ...]:

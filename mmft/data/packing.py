@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from mmft.data.collate import Batch, join_media
+from mmft.data.lengths import row_lengths
 from mmft.data.order import MicroBatch, StepPlan
 from mmft.data.render import IGNORED, Rendered, Renderer
 from mmft.data.sample import MediaRef, Sample
@@ -76,9 +77,9 @@ def row_sizes(renderer: Renderer, samples: Sequence[Sample], *, only: Sequence[i
     """Sizes of all rows (of the rows `only`, zeros elsewhere), as the renderer counts them without opening a picture;
     a row that will be cut counts `max_length`."""
     tokens, media = np.zeros(len(samples), np.int64), np.zeros(len(samples), np.int64)
-    for row in range(len(samples)) if only is None else only:
-        whole, shown = renderer.sizes(samples[row])
-        tokens[row], media[row] = min(whole, renderer.max_length), shown
+    rows = np.arange(len(samples)) if only is None else np.asarray(only, np.int64)
+    found = row_lengths(renderer, [samples[row] for row in rows])
+    tokens[rows], media[rows] = np.minimum(found[:, 0], renderer.max_length), found[:, 1]
     count = np.array([len(sample.media) for sample in samples], np.int64)
     return RowSizes(tokens, count, media, shown_alike([sample.media for sample in samples]))
 

@@ -163,7 +163,7 @@ def install(setting: Setting, work: Work) -> Work:
     noisy = _dropout(setting.adapted)
     if noisy:
         raise NotHere(f"{noisy} is active and draws by the shape of a batch")
-    sizes = row_sizes(work.renderer, setting.samples)
+    sizes = row_sizes(pixels, setting.samples)
     why = by_structure(setting)
     if not why:
         positions = positions_of(setting.adapted.backbone.model)
