@@ -36,6 +36,7 @@ from mmft.engine.loop import Engine, TrainJob
 from mmft.engine.sharding import is_sharded, refuse_launcher
 from mmft.engine.state import TrainState
 from mmft.errors import DataError, Problem, RecipeError, choices
+from mmft.fast.kernel_caches import give_back
 from mmft.fast.known import fast_plan, install
 from mmft.fast.packing import demand
 from mmft.fast.plan import Setting, Work
@@ -260,6 +261,7 @@ def train_stage(
     work = Work(adapted, _objective(recipe, adapted, datasets, factory), datasets.renderer, steps=plan)
     fast, work = install(fast_plan(setting), setting, work)
     demand(recipe, fast)
+    give_back()
     run.journal.table("fast path", ["optimisation", "", "reason", "saves"], fast.table())
     job = TrainJob(
         adapted=work.adapted,

@@ -7,6 +7,7 @@ from mmft.fast import (
     fused_norms,
     head,
     head_rows,
+    kernel_caches,
     last_layer,
     lora_fused,
     no_graph,
@@ -19,6 +20,7 @@ from mmft.fast.plan import fast_plan as _fast_plan
 from mmft.fast.plan import install as _install
 
 CANDIDATES: tuple[Candidate, ...] = (
+    kernel_caches.CANDIDATE,
     no_graph.CANDIDATE,
     head_rows.CANDIDATE,
     feature_store.CANDIDATE,

@@ -11,6 +11,7 @@ them (1 byte a value) instead of the dropped copies. Price: nothing; the weights
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,9 +25,12 @@ Weight = Callable[[torch.dtype], Tensor]
 
 
 class _Steps:
-    """Counts the steps of all optimizers here: torch's fused ones change parameters and leave their version."""
+    """Counts the steps of all optimizers here: torch's fused ones change parameters and leave their version. After
+    each what was rounded is made anew at once: made amid a forward it would lie between the activations until the next
+    one, and the heap could not close up where they were (a fifth of a step's memory)."""
 
     taken = 0
+    known: weakref.WeakSet[Rounded] = weakref.WeakSet()
     _watching = False
 
     @classmethod
@@ -39,6 +43,8 @@ class _Steps:
     @classmethod
     def _count(cls, *_: Any) -> None:
         cls.taken += 1
+        for one in list(cls.known):
+            one.again()
 
 
 class Rounded:
@@ -47,6 +53,7 @@ class Rounded:
 
     def __init__(self, params: Sequence[nn.Parameter], factor: float = 1.0) -> None:
         _Steps.watch()
+        _Steps.known.add(self)
         self.params = tuple(params)
         self.factor = factor
         self._seen: tuple[Any, ...] = ()
@@ -55,6 +62,11 @@ class Rounded:
     def forget(self) -> None:
         """Make it anew at the next call."""
         self._seen = ()
+
+    def again(self) -> None:
+        """Make it anew now, where it was asked for before."""
+        if self._value is not None and self._seen:
+            self(self._value.dtype)
 
     def __call__(self, dtype: torch.dtype) -> Tensor:
         """The parameters stacked on dim 0, rounded to `dtype`; not part of any graph."""

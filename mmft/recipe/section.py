@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 PartName = Literal["vision", "audio", "projector", "cross_attention", "language", "head"]
 DType = Literal["float32", "bfloat16", "float16"]
 FastName = Literal[
+    "kernel_caches",
     "frozen_no_graph",
     "head_rows",
     "head_in_forward",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 Entry = tuple[str, str, str, str]
 
+_CACHES = "fast/test_kernel_caches.py"
 _GRAPH = "fast/test_no_graph.py::test_a_frozen_tower_runs_once_without_a_graph"
 _COUNT = "fast/test_no_graph.py::test_the_plan_counts_what_lies_before_the_first_trained_weight"
 _PACKED = "fast/test_packing.py::test_a_packed_step_is_the_plain_step"
@@ -17,6 +18,30 @@ _LAST = "fast/test_last_layer.py"
 _MISSES = "fast/test_feature_store.py::test_one_weight_one_setting_one_pixel_are_misses"
 
 ROWS: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
+    (
+        "kernel_caches",
+        "fast/kernel_caches.py",
+        (
+            (
+                "the name that oneDNN reads",
+                '"ONEDNN_PRIMITIVE_CACHE_CAPACITY": PRODUCTS',
+                '"ONEDNN_CACHE_CAPACITY": PRODUCTS',
+                f"{_CACHES}::test_what_a_user_set_stays",
+            ),
+            (
+                "no bound",
+                "PRODUCTS, DESCRIPTIONS = 64, 8",
+                "PRODUCTS, DESCRIPTIONS = 1024, 1024",
+                f"{_CACHES}::test_products_of_many_lengths_are_not_all_kept",
+            ),
+            (
+                "what the user set is written over",
+                "os.environ.setdefault(name, str(bound))",
+                "os.environ[name] = str(bound)",
+                f"{_CACHES}::test_what_a_user_set_stays",
+            ),
+        ),
+    ),
     (
         "frozen_no_graph",
         "engine/memory.py",
