@@ -379,5 +379,10 @@ def remove_stale(folder: Path) -> tuple[Path, ...]:
     return tuple(removed)
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder of this name is one that is still being written, or was when its writer was killed."""
+    return _TEMPORARY.match(name) is not None
+
+
 def _is_stale(path: Path, pid: int) -> bool:
     return str(path.absolute()) not in _open_here if pid == os.getpid() else not alive(pid)

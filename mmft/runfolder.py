@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmft.errors import CheckpointError, RecipeError
-from mmft.files import remove_stale, run_lock, write_json, write_text
+from mmft.files import is_temporary, remove_stale, run_lock, write_json, write_text
 from mmft.journal import Journal
 from mmft.lock import LOCK
 from mmft.recipe.load import dump_recipe, load_recipe, recipe_drift
@@ -97,7 +97,8 @@ def open_run(
         yield RunFolder(path, recipe, Journal(None, rank=rank, quiet=True))
         return
     stored = path / "recipe.yaml"
-    if path.exists() and any(path.iterdir()):
+    # A run that was killed before it had written its recipe has left its lock, and what it was writing.
+    if path.exists() and any(one.name != LOCK and not is_temporary(one.name) for one in path.iterdir()):
         _may_use(path, stored, recipe, resume=resume, overwrite=overwrite)
     path.mkdir(parents=True, exist_ok=True)
     with run_lock(path):

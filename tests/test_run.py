@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -309,6 +310,20 @@ def test_ten_kills_of_a_whole_run_change_nothing(tmp_path: Path) -> None:
     assert report["scores"] == finished("plain").report["scores"]
     assert hashes(run / "merged")["model.safetensors"] == hashes(finished("plain").run / "merged")["model.safetensors"]
     assert not [path for path in run.rglob("*.tmp")]
+
+
+def test_a_run_that_was_killed_before_it_wrote_its_recipe_is_started_again(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, {**TRAIN_ONLY, "train.max_steps": 1})
+    place = tmp_path / "runs" / "tiny"
+    place.mkdir(parents=True)
+    (place / ".recipe.yaml.999999999-1.tmp").write_text("na")
+    (place / ".lock").write_text(json.dumps({"pid": 999999999, "host": socket.gethostname()}))
+    assert mmft.train(recipe, resume=True, quiet=True)["training"]["steps"] == 1
+    assert not list(place.glob(".recipe*"))
+    (tmp_path / "runs" / "other").mkdir()
+    (tmp_path / "runs" / "other" / "mine.txt").write_text("stays")
+    with pytest.raises(CheckpointError, match="is not a run folder"):
+        mmft.train(recipe, ["name=other"], quiet=True)
 
 
 def test_a_run_that_failed_on_its_data_is_simply_started_again(tmp_path: Path) -> None:

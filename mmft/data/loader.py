@@ -18,7 +18,7 @@ from mmft.data.collate import Batch, Side, collate
 from mmft.data.order import MicroBatch, StepPlan
 from mmft.data.render import OverLength, Renderer
 from mmft.data.sample import Sample
-from mmft.errors import DataError, MmftError
+from mmft.errors import DataError, MemoryLimitError, MmftError
 
 PREFETCH = 2
 HANG_SECONDS = 600.0
@@ -78,6 +78,9 @@ class _MicroBatches(Dataset):
             return assemble(self._renderer, rows, pad_token_id=self._pad_token_id, side=self._side)
         except MmftError as error:
             return error
+        except MemoryError:
+            where = f"samples {', '.join(self._samples[row].id for row, _ in self._work[index].rows[:8])}"
+            return MemoryLimitError("out of memory while rows were read", where=where, do="give the host more memory")
 
 
 class _Steps(Sequence[MicroBatch]):
@@ -171,10 +174,13 @@ def _ahead(data: _MicroBatches, workers: int) -> Generator[Batch | MmftError | N
                 item = next(stream)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader" not in str(error):
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                # One that dies while it hands a batch over leaves a broken connection; what it raised is "Caught …".
+                if "Caught " in str(error) or (isinstance(error, RuntimeError) and "DataLoader" not in str(error)):
                     raise
-                lost = str(error)  # the error itself would keep torch's iterator, and so the workers, alive
+                lost = (
+                    str(error) or type(error).__name__
+                )  # the error itself would keep torch's iterator, and so the workers, alive
             finally:
                 watch.cancel()
             if lost is None:

@@ -8,6 +8,7 @@ after the newer folder verified. Random states are not stored: every draw is a f
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -84,12 +85,12 @@ def save_checkpoint(
     root.mkdir(parents=True, exist_ok=True)
     require_free(root, int(_SPARE * needed) + 65536, what=f"the checkpoint of step {state.step}")
     final = checkpoint_folder(root, state.step)
-    if final.exists():
-        # The same step was saved before (a resumed run repeats it): the old folder stays if it is whole.
-        if _is_valid(final):
-            return final
-        shutil.rmtree(final)
     try:
+        if os.path.lexists(final):
+            # The same step was saved before (a resumed run repeats it): the old folder stays if it is whole.
+            if _is_valid(final):
+                return final
+            _remove(final)
         with atomic_folder(final, needed=needed) as folder:
             save_file(weights, folder / "trainable.safetensors")
             save_file(moments, folder / "optimizer.safetensors")
@@ -120,7 +121,15 @@ def _retain(root: Path, *, keep: int, best: int | None) -> None:
         spare.add(checkpoint_folder(root, best))
     for folder in valid:
         if folder not in spare:
-            shutil.rmtree(folder)
+            _remove(folder)
+
+
+def _remove(path: Path) -> None:
+    """A folder with all in it; of a link only the link, and a file that has a checkpoint's name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def newest_valid(root: Path, *, warn: Callable[[str], None]) -> Path | None:

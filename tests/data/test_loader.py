@@ -13,7 +13,7 @@ import torch
 from mmft.data.loader import batches
 from mmft.data.order import StepPlan
 from mmft.data.render import Renderer, TooLongError
-from mmft.errors import DataError
+from mmft.errors import DataError, MemoryLimitError
 from tests.data.small import processor, sample
 
 ROWS = [sample(f"Where is the dog {k}?", "top left", images=k % 3, seed=k, id=f"r{k}") for k in range(11)]
@@ -98,6 +98,36 @@ def test_a_killed_worker_is_named():
     assert time.perf_counter() - start < 60
     assert not multiprocessing.active_children()
     assert "dataloader_num_workers" in str(caught.value)
+
+
+class _Choker(Renderer):
+    """Has no memory for one row."""
+
+    def render(self, sample):
+        if sample.id == "r3":
+            raise MemoryError
+        return super().render(sample)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_row_that_does_not_fit_into_memory_is_named(workers):
+    plan = StepPlan(rows=11, micro_batch=1, micro_per_step=1)
+    with pytest.raises(MemoryLimitError, match=r"while rows were read\n.*samples r3"):
+        renderer = _Choker(processor("llava"), max_length=4096)
+        list(batches(ROWS, renderer, plan, start_step=0, stop_step=11, rank=0, workers=workers, pad_token_id=0))
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_dies_while_it_hands_a_batch_over_is_lost(error, monkeypatch):
+    from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+    def broken(_):
+        raise error
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_next_data", broken)
+    with pytest.raises(DataError, match="a data worker was lost"):
+        list(run(StepPlan(rows=11, micro_batch=1, micro_per_step=1), workers=2))
+    assert not multiprocessing.active_children()
 
 
 class _Sleeper(Renderer):

@@ -120,3 +120,32 @@ def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "lost link"])
+def test_what_only_has_a_checkpoints_name_is_passed_over_and_replaced(tmp_path: Path, kind: str) -> None:
+    save(tmp_path, 1)
+    place, other = tmp_path / "step-000002", tmp_path / "other"
+    if kind == "file":
+        place.write_text("no folder")
+    else:
+        place.symlink_to(other)
+        if kind == "link":
+            other.mkdir()
+            (other / "mine").write_text("stays")
+    assert newest_valid(tmp_path, warn=lambda _: None) == tmp_path / "step-000001"
+    save(tmp_path, 2)
+    assert newest_valid(tmp_path, warn=lambda _: None) == place and place.is_dir() and not place.is_symlink()
+    assert kind != "link" or (other / "mine").read_text() == "stays"
+
+
+def test_a_checkpoint_behind_a_link_is_read_and_only_the_link_is_deleted(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    save(root, 1)
+    os.rename(root / "step-000001", tmp_path / "elsewhere")
+    (root / "step-000001").symlink_to(tmp_path / "elsewhere")
+    assert newest_valid(root, warn=lambda _: None) == root / "step-000001"
+    save(root, 2)
+    save(root, 3)
+    assert [path.name for path in list_checkpoints(root)] == ["step-000003", "step-000002"]
+    assert (tmp_path / "elsewhere" / "state.json").is_file()
