@@ -235,7 +235,7 @@ FAULTS = (
     Fault("F7", "SIGTERM, SIGINT, SIGUSR1 at any moment", 60, 5, "s to the end", told_to_stop),
 )
 MUTANTS = (
-    ("F1", "mmft/engine/loop.py", "torch.manual_seed(seeds[local])", "pass"),
+    ("F1", "mmft/engine/loop.py", "torch.manual_seed(seed)", "pass"),
     (
         "F2",
         "mmft/engine/checkpoint.py",
@@ -245,7 +245,7 @@ MUTANTS = (
     (
         "F7",
         "mmft/engine/loop.py",
-        "self.save()\n                    state.stopped",
+        "self.save()\n                state.stopped",
         "state.stopped",
     ),
 )

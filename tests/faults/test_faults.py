@@ -11,6 +11,7 @@ import pytest
 
 from tests.faults.__main__ import all_faults
 from tests.faults.trial import REPOSITORY
+from tests.mutants import Mutant, all_mutants
 
 NAMES = [fault.name for fault in all_faults()]
 
@@ -23,6 +24,12 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=1800)
     assert out.is_file(), done.stderr[-3000:]
     return {row["fault"]: row for row in json.loads(Path(out).read_text())["faults"]}
+
+
+@pytest.mark.parametrize("mutant", all_mutants(), ids=lambda mutant: f"{mutant[0]} {mutant[1]}")
+def test_mutant_can_be_put_in(mutant: Mutant) -> None:
+    """`make test-mutants` runs their trials; here the text that each replaces is still the package's."""
+    assert (REPOSITORY / mutant[1]).read_text().count(mutant[2]) == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
