@@ -125,7 +125,9 @@ def read_bytes(ref: MediaRef) -> bytes:
     """The encoded bytes, at most `MAX_FILE_BYTES`."""
     with open_bytes(ref) as stream:
         try:
-            return stream.read(MAX_FILE_BYTES + 1)
+            size = stream.seek(0, io.SEEK_END)  # a buffer of the largest size would be asked for first otherwise
+            stream.seek(0)
+            return stream.read(min(size, MAX_FILE_BYTES) + 1)
         except OSError as error:
             raise _unreadable(media_file(ref), error) from error
 
