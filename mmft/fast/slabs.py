@@ -123,7 +123,11 @@ class Slabs:
     def _look(self) -> None:
         """Find entries of new slabs, and of known ones that have grown."""
         self._looked = time.monotonic()
-        for entry in sorted(os.scandir(self.folder), key=lambda one: one.name):
+        try:
+            entries = sorted(os.scandir(self.folder), key=lambda one: one.name)
+        except OSError:  # the whole cache was deleted: everything is a miss
+            return
+        for entry in entries:
             path = Path(entry.path)
             if path.suffix == ".slab" and entry.stat().st_size > self._scanned.get(path, 0):
                 with contextlib.suppress(OSError):

@@ -63,7 +63,10 @@ def save_clip(folder: Path) -> Path:
         torch.manual_seed(0)
         theirs = SimpleTokenizer()
         merges = [tuple(pair) for pair in sorted(theirs.bpe_ranks, key=theirs.bpe_ranks.__getitem__)]
-        tokenizer = transformers.CLIPTokenizer(vocab=dict(theirs.encoder), merges=merges, model_max_length=77)
+        first, last = list(theirs.encoder)[-2:]
+        special = {"bos_token": first, "eos_token": last, "unk_token": last, "pad_token": last}
+        words = {"vocab": dict(theirs.encoder), "merges": merges, "model_max_length": 77}
+        tokenizer = transformers.CLIPTokenizer(**words, **special)
         text = "a photo of two small dogs near the street"
         assert tokenizer(text)["input_ids"] == [int(one) for one in theirs(text)[0] if int(one)]
         model = transformers.CLIPModel(transformers.CLIPConfig()).to(torch.bfloat16)

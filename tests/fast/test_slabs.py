@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 
 import pytest
 import torch
@@ -103,6 +104,15 @@ def test_a_file_that_goes_while_it_is_open_is_a_miss_or_whole(tmp_path):
     assert evict(tmp_path, limit=0)
     assert same(slabs.get(key(1)), entry(1)), "mapped: the bytes live on"
     assert other.get(key(1)) is None
+
+
+def test_a_cache_that_is_deleted_while_it_is_used_is_empty(tmp_path, monkeypatch):
+    monkeypatch.setattr(slabs_module, "_LOOK_AGAIN", -1.0)
+    slabs = Slabs(tmp_path / "cache", limit=MANY)
+    shutil.rmtree(tmp_path / "cache")
+    assert slabs.get(key(1)) is None
+    with pytest.warns(UserWarning, match="nothing more is stored"):
+        assert not slabs.put(key(1), entry(1))
 
 
 @pytest.mark.parametrize(("text", "size"), [("20GB", 20 * 10**9), ("500mb", 5 * 10**8), ("1234", 1234)])
