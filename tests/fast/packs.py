@@ -50,9 +50,10 @@ def folder(kind: str) -> Path:
     return path
 
 
-def adapted(kind: str, *, dtype: str = "float32", **adapter: Any) -> Adapted:
+def adapted(kind: str, *, dtype: str = "float32", attention: str = "sdpa", **adapter: Any) -> Adapted:
     """A fresh model with LoRA whose B is not zero."""
-    backbone = load_backbone(ModelSection(name_or_path=str(folder(kind)), dtype=dtype))  # type: ignore[arg-type]
+    section = ModelSection(name_or_path=str(folder(kind)), dtype=dtype, attn_implementation=attention)  # type: ignore[arg-type]
+    backbone = load_backbone(section)
     targets = (
         ("language.attention", "language.mlp")
         if kind == "mllama"

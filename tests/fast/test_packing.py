@@ -14,7 +14,7 @@ from mmft.data.order import StepPlan
 from mmft.data.packing import PackedRenderer, pack, shown_alike
 from mmft.data.render import Renderer
 from mmft.engine.memory import checkpoint_layers
-from mmft.errors import RecipeError
+from mmft.errors import BackboneError, RecipeError
 from mmft.fast import packed_attention
 from mmft.fast.attention import choose_products
 from mmft.fast.packing import demand
@@ -162,7 +162,47 @@ def test_sixteen_bits_err_no_more_than_the_plain_path():
     assert errors["packed"] < 1.1 * errors["plain"] < 0.1
 
 
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "window"])
+def test_a_model_with_another_attention_is_packed_too(kind):
+    """Chosen by the recipe; it has it again afterwards, and its towers keep it."""
+    model = adapted(kind, attention="eager")
+    here = setting(model, samples(0), STEPS, fast=["packing"])
+    set_modes(model)
+    wanted = take(here, plain(here))
+    plan, work = put_in(here)
+    config = model.backbone.model.config
+    assert plan.on("packing") and isinstance(work.renderer, PackedRenderer), plan.table()
+    assert config.vision_config._attn_implementation == "eager"
+    found = take(here, work)
+    work.release()
+    assert config.text_config._attn_implementation == "eager"
+    assert found.loss == pytest.approx(wanted.loss, rel=EXACT) and apart(found.gradient, wanted.gradient) < EXACT
+
+
 # ---------------------------------------------------------------- what cannot be packed
+
+
+def test_an_attention_that_cannot_be_exchanged_is_the_reason(monkeypatch):
+    """Rows are sorted by length then."""
+    model = adapted("llava")
+    owner = model.backbone.model.model.language_model
+
+    def never(name: str) -> None:
+        raise ValueError(f"{name} is not for this model")
+
+    monkeypatch.setattr(owner, "set_attn_implementation", never)
+    plan, work = put_in(setting(model, samples(0), STEPS))
+    assert "sorted by length" in plan.rows[0].reason and "is not for this model" in plan.rows[0].reason
+    assert not isinstance(work.renderer, PackedRenderer) and not plan.on("shared_prefix")
+
+
+@pytest.mark.parametrize("extra", [{"softcap": 5.0}, {"s_aux": torch.zeros(2)}, {"position_bias": torch.zeros(1)}])
+def test_what_a_line_does_not_do_is_no_silent_loss(extra):
+    """Soft caps, sinks and biases of a model: it refuses the line, which is then the reason."""
+    states = torch.zeros(1, 2, 4, 8)
+    table = torch.tensor([[[[0, 4, 0, 0]]]])
+    with pytest.raises(BackboneError, match=f"{next(iter(extra))} cannot be packed"):
+        packed_attention.packed_attention(nn.Module(), states, states, states, table, **extra)
 
 
 class _Shift(nn.Module):
