@@ -91,14 +91,22 @@ def _forked(folder: Path, out: Path, test: str) -> Iterator[int]:
             os.dup2(stream.fileno(), 2)
         os.environ["PYTHONPATH"] = str(folder)
         sys.path.insert(0, str(folder))
-        os.chdir(REPOSITORY)
+        (folder / "tests").symlink_to(REPOSITORY / "tests")
+        os.chdir(folder)  # what a test starts itself imports from here
         import pytest
 
         import mmft
 
         assert Path(mmft.__file__).is_relative_to(folder)
-        base = f"--basetemp={folder / 'pytest'}"
-        code = int(pytest.main([test, "-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--no-cov", base]))
+        words = [str(REPOSITORY / test), "-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--no-cov"]
+        words += [
+            f"--basetemp={folder / 'pytest'}",
+            "--rootdir",
+            str(REPOSITORY),
+            "-c",
+            str(REPOSITORY / "pyproject.toml"),
+        ]
+        code = int(pytest.main(words))
     finally:
         os._exit(code)
 
