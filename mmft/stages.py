@@ -275,6 +275,7 @@ def train_stage(
         section=recipe.train,
         folder=run.path,
         prepare=work.prepare,
+        sources=tuple(sorted(sources)) if len(sources := {one.source for one in datasets.train}) > 1 else (),
         identity=identity(recipe, adapted.backbone, datasets, plan)
         | ({"fast": fast.digest} if fast.digest else {})
         | ({"objective": source_digest(factory)} if factory else {})

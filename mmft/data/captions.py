@@ -227,6 +227,10 @@ class CaptionRenderer:
             supervised=int((targets != IGNORED).sum()),
             tokens=tokens,
             padding=targets.numel() - tokens,
+            counted=tuple(
+                (samples[place].source, count)
+                for place, count in zip(owner, (targets != IGNORED).sum(1).tolist(), strict=True)
+            ),
         )
 
     def render(self, sample: Sample) -> Rendered:

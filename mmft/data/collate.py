@@ -24,6 +24,7 @@ class Batch:
     `inputs` go to the model as they are: input_ids and attention_mask (B, T), media tensors. `labels` (B, T) are -100
     where no loss. `supervised` counts label positions with loss after the shift, `tokens` the real tokens, `padding`
     the rest. `pictures` of the rows that have some (in the order of their places) go to the tower by themselves.
+    `counted`: (data set, terms of the loss) of each row, in the order of the terms; () where the loss has none by row.
     """
 
     inputs: dict[str, Any]
@@ -33,6 +34,7 @@ class Batch:
     tokens: int
     padding: int
     pictures: tuple[Pictures, ...] = field(default=(), kw_only=True)
+    counted: tuple[tuple[str, int], ...] = field(default=(), kw_only=True)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -59,14 +61,16 @@ def collate(rows: Sequence[Rendered], *, pad_token_id: int, side: Side = "right"
     for name in names:
         inputs[name] = _joined(name, rows, length, side)
     tokens = sum(len(row.input_ids) for row in rows)
+    targets = (labels[:, 1:] != IGNORED).sum(1).tolist()
     return Batch(
         inputs=inputs,
         labels=labels,
         ids=tuple(row.id for row in rows),
-        supervised=int((labels[:, 1:] != IGNORED).sum()),
+        supervised=sum(targets),
         tokens=tokens,
         padding=labels.numel() - tokens,
         pictures=tuple(row.pictures for row in rows if row.pictures is not None),
+        counted=tuple((row.source, count) for row, count in zip(rows, targets, strict=True)),
     )
 
 

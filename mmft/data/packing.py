@@ -307,6 +307,7 @@ def _line(
         tokens=sum(len(row.input_ids) for row in rows),
         padding=spare,
         pictures=tuple(found for row in media_rows if (found := rows[row].pictures) is not None),
+        counted=tuple((rows[row].source, int((labels[row][part] != IGNORED).sum())) for row, part in pieces),
     )
 
 

@@ -273,6 +273,7 @@ def _located(
         last.append(line * width + where[-1])
     known = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Batch)}
     known["ids"] = tuple(sample.id for sample in samples)
+    known["counted"] = tuple((sample.source, 1) for sample in samples)
     scores = [samples[b].candidates[j].score for b, j in order]
     return PreferenceBatch(
         **known,

@@ -40,7 +40,7 @@ class Rendered:
 
     `input_ids` and `labels` are (T,) int64, labels -100 where no loss, not shifted. `media` is all else the processor
     returned, each tensor with its leading dimension: rows ((1, ...), named in `per_row`) or media ((count, ...)).
-    `pictures` go to the tower by themselves; their pixels are then not in `media`.
+    `pictures` go to the tower by themselves; their pixels are then not in `media`. `source` names the row's data set.
     """
 
     id: str
@@ -51,6 +51,7 @@ class Rendered:
     media_tokens: int
     per_row: frozenset[str] = frozenset()
     pictures: Pictures | None = None
+    source: str = ""
 
 
 class Renderer:
@@ -203,7 +204,12 @@ class Renderer:
         if not bool((labels[1:] != IGNORED).any()):
             return None
         return dataclasses.replace(
-            first, id=other.id, input_ids=ids, labels=labels, text_tokens=len(ids) - first.media_tokens
+            first,
+            id=other.id,
+            input_ids=ids,
+            labels=labels,
+            text_tokens=len(ids) - first.media_tokens,
+            source=other.source,
         )
 
     def _prompting(self, sample: Sample) -> Rendered:
@@ -220,7 +226,9 @@ class Renderer:
         media = {name: value for name, value in data.items() if name not in _TEXT_KEYS}
         count = int(is_media.sum())
         rows = self._per_row_names() & media.keys() if sample.media else frozenset()
-        return Rendered(sample.id, ids, labels, media, len(ids) - count, count, frozenset(rows))
+        return Rendered(
+            sample.id, ids, labels, media, len(ids) - count, count, frozenset(rows), source=sample.source
+        )
 
     def _media(self, turns: Sequence[Turn], media: Sequence[MediaRef], *, prompt: bool) -> list[Opened]:
         """The row's media; pictures all made smaller by one factor where the recipe asks for it and the row is too

@@ -19,7 +19,7 @@ from mmft.recipe.schema import TrainSection
 @dataclass(frozen=True)
 class TrainJob:
     """All that the loop is given. `identity` names what a resumed run must have in common with this one; `prepare` is
-    what a batch on the device goes through last."""
+    what a batch on the device goes through last; `sources` name the data sets whose losses are told apart."""
 
     adapted: Adapted
     objective: Objective
@@ -33,6 +33,7 @@ class TrainJob:
     folder: Path
     identity: dict[str, Any]
     prepare: Callable[[Batch], Batch] = lambda batch: batch
+    sources: tuple[str, ...] = ()
 
     @property
     def checkpoints(self) -> Path:

@@ -201,6 +201,7 @@ class Engine:
             "grad_norm": norm,
             "samples_per_second": rows_all / max(time.monotonic() - begin, 1e-9),
             "supervised_tokens": count,
+            **self._by_source(logs),
             **({"skipped_steps": state.skipped} if state.skipped else {}),
         }
         for callback in self.callbacks:
@@ -216,6 +217,7 @@ class Engine:
         self.ranks.sum_gradients(self.params)
         norm = float(torch.nn.utils.clip_grad_norm_(self.params.values(), section.max_grad_norm or float("inf")))
         logged = sorted({name for pair in job.objective.metrics.values() for name in pair} - {"count"})
+        logged += [f"{what} of {source}" for source in job.sources for what in ("loss", "terms")]
         loss_sum, *found = self.ranks.sum([sums["loss"], *(sums.get(name, 0.0) for name in logged)])
         loss = loss_sum / max(count, 1)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -227,6 +229,14 @@ class Engine:
             job.objective.settle(self.params)
         self.masters.give_weights()
         return loss, norm, {**dict(zip(logged, found, strict=True)), "count": count}
+
+    def _by_source(self, logs: dict[str, float]) -> dict[str, float]:
+        """Mean loss and terms (supervised tokens, pairs) of each data set that is in the step."""
+        found: dict[str, float] = {}
+        for source in self.job.sources:
+            if terms := logs[f"terms of {source}"]:
+                found |= {f"loss/{source}": logs[f"loss of {source}"] / terms, f"terms/{source}": terms}
+        return found
 
     def _skip(self, loss: float, norm: float, ids: Sequence[str]) -> None:
         """Count a step without an update; NonFiniteError when the recipe allows no more of them."""

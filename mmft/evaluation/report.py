@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from mmft.errors import CheckpointError
 from mmft.evaluation.answers import PredictionStore
+from mmft.evaluation.by_source import source_curves, source_table
 from mmft.evaluation.cards import changed_cards
 from mmft.evaluation.class_charts import class_figures
 from mmft.evaluation.plots import Lane, Mark, Point, forest_chart, legend_shape, line_chart
@@ -106,7 +107,8 @@ def _context(
         "verdict": verdict(report, records),
         "models": [(model, Markup(legend_shape(index, model))) for index, model in enumerate(models)],
         "sets": [_set(name, entry, models, headline=headline, records=records) for name, entry in sets.items()],
-        "curves": [*_curves(metrics), *_charts(report.get("charts") or [])],
+        "curves": [*_curves(metrics), *_by_source(metrics), *_charts(report.get("charts") or [])],
+        "sources": source_table(metrics),
         "merge": _merge(report.get("merge") or {}),
         "parts": _parts((report.get("training") or {}).get("parts") or []),
         "facts": _facts(report),
@@ -261,7 +263,11 @@ def _chart(title: str, series: Mapping[str, Sequence[Point]], *, x_label: str) -
     if not chart:
         return []
     kept = [(shown, f"s-{shown.replace(' ', '-')}") for shown, points in series.items() if points]
-    return [{"title": title, "svg": Markup(chart), "series": kept if len(kept) > 1 else []}]
+    return [{"title": title, "svg": Markup(chart), "series": kept if len(kept) > 1 else [], "css": ""}]
+
+
+def _by_source(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{**one, "css": "many"} for one in _chart("Loss by data set", source_curves(metrics), x_label="step")]
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], key: str) -> list[Point]:

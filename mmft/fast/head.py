@@ -22,7 +22,7 @@ from mmft.fast.linear_loss import LinearHead, linear_cross_entropy
 from mmft.fast.lora_layers import why_not
 from mmft.fast.plan import Candidate, NotHere, Setting, Work
 from mmft.fast.probe import autocast_of, probe_batch
-from mmft.objectives.base import Loss
+from mmft.objectives.base import Loss, by_source
 from mmft.objectives.captioning import CaptioningObjective, head_on_text
 from mmft.objectives.sft import SftObjective, head_on_rows
 
@@ -72,8 +72,8 @@ class InForward:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         smoothing = self.inner.label_smoothing
-        total, correct = linear_cross_entropy(hidden, wanted, self.head, smoothing=smoothing, dtype=dtype)
-        return Loss(sum=total, count=batch.supervised, logs={"correct": correct})
+        total, correct, terms = linear_cross_entropy(hidden, wanted, self.head, smoothing=smoothing, dtype=dtype)
+        return Loss(total, batch.supervised, {"correct": correct} | by_source(terms, batch))
 
 
 def _rows(

@@ -49,11 +49,12 @@ class LinearHead:
 
 def linear_cross_entropy(
     hidden: Tensor, targets: Tensor, head: LinearHead, *, smoothing: float = 0.0, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """(sum of the loss over the rows of `hidden` (n, h), greedy hits); products are made in `dtype`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of the loss over the rows of `hidden` (n, h), greedy hits, each row's loss (n,) without a graph); products
+    are made in `dtype`."""
     dtype = dtype or hidden.dtype
     trained = (head.weight, head.bias, head.a, head.b)
-    found: tuple[Tensor, Tensor] = _LinearLoss.apply(hidden, targets, head, smoothing, dtype, *trained)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, Tensor, Tensor] = _LinearLoss.apply(hidden, targets, head, smoothing, dtype, *trained)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -131,22 +132,24 @@ class _LinearLoss(torch.autograd.Function):
         smoothing: float,
         dtype: torch.dtype,
         *trained: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wanted = ctx.needs_input_grad
         sums = _Sums(head, wanted[5:])
         with torch.autocast(hidden.device.type, enabled=False):
             weight = head.weight.detach().to(dtype)
             rows, slope = hidden.to(dtype), torch.empty_like(hidden, dtype=dtype)
             total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-            hits = targets.new_zeros(())
+            hits, each = targets.new_zeros(()), []
             step = max(LEAST_ROWS, CHUNK_BYTES // (10 * len(weight)))
             for part, goals, into in zip(rows.split(step), targets.split(step), slope.split(step), strict=True):
                 shaped, logp = _logp(part, weight, head)
                 hits += _hits(shaped, goals)
                 chosen = logp.gather(1, goals[:, None])
-                total -= (1.0 - smoothing) * chosen.sum()
+                terms = (smoothing - 1.0) * chosen[:, 0]
                 if smoothing:
-                    total -= smoothing * logp.mean(-1).sum()
+                    terms -= smoothing * logp.mean(-1)
+                total += terms.sum()
+                each.append(terms)
                 if any(wanted):
                     logits = logp.exp_()
                     logits.scatter_add_(1, goals[:, None], torch.full_like(chosen, smoothing - 1.0))
@@ -159,13 +162,14 @@ class _LinearLoss(torch.autograd.Function):
                     given = _Scratch.take("raw", (len(part), len(weight)), dtype, part.device).copy_(logits)
                     torch.mm(given, weight, out=into)
                     sums.add(part, given, into)
-        ctx.mark_non_differentiable(hits)
+        terms = torch.cat(each)
+        ctx.mark_non_differentiable(hits, terms)
         ctx.save_for_backward(slope if wanted[0] else None, *sums.found)
         ctx.types = [None if one is None else one.dtype for one in (hidden, *trained)]
-        return total, hits
+        return total, hits, terms
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Any, ...]:
         found = [
             None if one is None else (one * gradient).to(kind)
             for one, kind in zip(ctx.saved_tensors, ctx.types, strict=True)

@@ -25,6 +25,20 @@ class Loss:
     logs: dict[str, Tensor] = field(default_factory=dict)
 
 
+def by_source(terms: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Logs `loss of NAME` and `terms of NAME` for the data sets in a batch, from the terms (n,) whose sum is its loss;
+    {} where the batch does not say whose they are."""
+    if sum(count for _, count in batch.counted) != len(terms):
+        return {}
+    found: dict[str, Tensor] = {}
+    for (name, count), part in zip(
+        batch.counted, terms.detach().double().split([count for _, count in batch.counted]), strict=True
+    ):
+        for key, value in ((f"loss of {name}", part.sum()), (f"terms of {name}", part.new_tensor(count))):
+            found[key] = found[key] + value if key in found else value
+    return found
+
+
 class Objective(Protocol):
     """What the loop knows about an objective."""
 

@@ -118,7 +118,7 @@ class PreferenceObjective:
             "reward_margin": (better - worse).sum(),
             "chosen_reward": better.sum(),
         }
-        return Loss(sum=each.sum(), count=size, logs=logs)
+        return Loss(sum=each.sum(), count=size, logs=logs | by_source(each, batch))
 
     def _image_terms(self, model: nn.Module, better: Tensor, altered: PreferenceBatch) -> Tensor:
         assert self.reference is not None
@@ -144,4 +144,4 @@ class PreferenceObjective:
             "bad_sum": reward[~good].sum(),
             "kl": kl * size,
         }
-        return Loss(sum=each.sum(), count=size, logs=logs)
+        return Loss(sum=each.sum(), count=size, logs=logs | by_source(each, batch))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmft.data.collate import Batch
 from mmft.data.render import IGNORED
 from mmft.errors import BackboneError
-from mmft.objectives.base import Loss
+from mmft.objectives.base import Loss, by_source
 
 
 @contextmanager
@@ -83,6 +83,6 @@ class SftObjective:
                 logits = model(**batch.inputs, use_cache=False).logits
         wanted = targets[targets != IGNORED]
         scores = logits.reshape(-1, logits.shape[-1]).float()
-        total = F.cross_entropy(scores, wanted, reduction="sum", label_smoothing=self.label_smoothing)
+        terms = F.cross_entropy(scores, wanted, reduction="none", label_smoothing=self.label_smoothing)
         correct = (scores.detach().argmax(-1) == wanted).sum()
-        return Loss(sum=total, count=batch.supervised, logs={"correct": correct})
+        return Loss(terms.sum(), batch.supervised, {"correct": correct} | by_source(terms, batch))

@@ -47,7 +47,9 @@ def test_every_form_of_head(monkeypatch, bias, lora, cap, scale, smoothing):
     logits = F.linear(hidden, weight, head.bias) * scale
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     plain = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
-    ours, hits = linear_cross_entropy(hidden, targets, head, smoothing=smoothing)
+    ours, hits, terms = linear_cross_entropy(hidden, targets, head, smoothing=smoothing)
+    each = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    assert torch.allclose(terms, each, rtol=1e-12) and not terms.requires_grad
     assert torch.allclose(ours, plain, rtol=1e-12) and hits == (logits.argmax(-1) == targets).sum()
     for one, other in zip(torch.autograd.grad(3 * ours, inputs), torch.autograd.grad(3 * plain, inputs), strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
@@ -77,7 +79,7 @@ def test_softmax_is_taken_in_float32(scale):
 def test_no_rows_no_loss():
     head = make_head(bias=False, lora=False, cap=None, scale=1.0)
     hidden = draw(0, 5).requires_grad_()
-    total, hits = linear_cross_entropy(hidden, torch.zeros(0, dtype=torch.long), head)
+    total, hits, _ = linear_cross_entropy(hidden, torch.zeros(0, dtype=torch.long), head)
     total.backward()
     assert total == 0 and hits == 0 and hidden.grad is not None
 
