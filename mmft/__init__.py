@@ -62,18 +62,29 @@ def train(
     quiet: bool = False,
     objective: Any = None,
     rewards: Sequence[Any] = (),
+    fetch: Any = None,
 ) -> dict[str, Any]:
     """Run a recipe to its end (train, save, merge, verify, evaluate, report) and return `report.json` as values.
 
     `objective`: a loss of your own in the place of the recipe's, as `FILE.py:NAME` or as a class or function that
     takes (model, recipe). `rewards`: functions of one sampled answer in the place of `objective.rewards`, likewise.
+    `fetch`: what brings the shards of streamed sets that lie elsewhere, a function of (url, path) or `FILE.py:NAME`.
     """
     from mmft.quiet import quiet_upstream
 
     quiet_upstream()
     from mmft.run import train as run
 
-    return run(recipe, overrides, resume=resume, overwrite=overwrite, quiet=quiet, objective=objective, rewards=rewards)
+    return run(
+        recipe,
+        overrides,
+        resume=resume,
+        overwrite=overwrite,
+        quiet=quiet,
+        objective=objective,
+        rewards=rewards,
+        fetch=fetch,
+    )
 
 
 def evaluate(run: str | Path, *, quiet: bool = False) -> dict[str, Any]:

@@ -50,6 +50,9 @@ def train(
     reward: Annotated[
         list[str] | None, typer.Option(help="FILE.py:NAME of a reward function in the place of the recipe's (again).")
     ] = None,
+    fetch: Annotated[
+        str | None, typer.Option(help="FILE.py:NAME of a function of (url, path) that brings streamed shards.")
+    ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Without the fast path: train.fast=false.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -64,6 +67,7 @@ def train(
         quiet=quiet,
         objective=objective,
         rewards=reward or [],
+        fetch=fetch,
     )
     if report:  # ranks other than 0 have none
         _show(report, as_json=as_json, text=summary_text(report))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,11 @@ class Problem:
     where: str | None = None
     allowed: str | None = None
     do: str | None = None
+
+    def within(self, place: str) -> Problem:
+        """The same with the place it is in (a row) before what it names."""
+        where = self.where or place
+        return replace(self, where=where if where.startswith(place) else f"{place}: {where}")
 
     def lines(self) -> list[str]:
         """The house form, the first line without the error's kind."""

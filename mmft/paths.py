@@ -87,3 +87,17 @@ def located(root: Path, relative: str) -> Path:
     if not path.is_relative_to(base):
         raise refuse("leads outside")
     return path
+
+
+def cache_root() -> Path:
+    """`$MMFT_CACHE` (`~/.cache/mmft`): what can be made or fetched again."""
+    return Path(os.environ.get("MMFT_CACHE", "~/.cache/mmft")).expanduser()
+
+
+def cache_limit() -> int:
+    """Bytes that a cache may hold: `$MMFT_CACHE_SIZE` (`20GB`, `500MB`, a number of bytes), 20 GB if not given."""
+    text = os.environ.get("MMFT_CACHE_SIZE", "20GB").strip().upper()
+    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3), ("B", 1)):
+        if text.endswith(unit):
+            return int(float(text.removesuffix(unit)) * factor)
+    return int(float(text))

@@ -25,7 +25,7 @@ from mmft.kinds import kind_of
 from mmft.kinds.base import Kind
 from mmft.recipe.load import load_recipe
 from mmft.recipe.schema import ModelSection, Recipe
-from mmft.stages import fitting
+from mmft.stages import fitting, rows_as_read, spaced
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROBE_ROWS = 256
@@ -42,9 +42,7 @@ def make_plan(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     kind = kind_of(loaded)
     with tempfile.TemporaryDirectory() as scratch:  # a kind that composes its base writes it there
         backbone, notes = _meta(kind.base(loaded, Path(scratch)))
-    samples = kind.samples(
-        loaded, load_all(loaded.data.train, loaded.data, seed=loaded.train.seed, wanted=kind.formats)
-    )
+    samples = rows_as_read(loaded)
     evals = {
         source_name(source): len(load_all((source,), loaded.data, seed=loaded.train.seed, wanted=kind.formats))
         for source in loaded.data.eval
@@ -52,7 +50,7 @@ def make_plan(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     lengths, renderer = None, None
     if backbone.processor is not None:
         renderer = kind.renderer(loaded, backbone.processor)
-        if renderer.over_length == "drop":
+        if renderer.over_length == "drop" and isinstance(samples, list):
             every = len(samples)
             samples = fitting(samples, renderer, Journal(None, quiet=True), name="train")
             notes.append(f"{every - len(samples)} of {every} training rows are too long and dropped")
@@ -94,8 +92,7 @@ def _meta(section: ModelSection) -> tuple[Backbone, list[str]]:
 
 
 def _lengths(kind: Kind, renderer: RowRenderer, samples: Sequence[Sample]) -> dict[str, list[int]]:
-    every = max(1, len(samples) // PROBE_ROWS)
-    return kind.measure(renderer, samples[::every][:PROBE_ROWS])
+    return kind.measure(renderer, spaced(samples, PROBE_ROWS, renderer))
 
 
 def _percentiles(values: Sequence[int]) -> dict[str, int]:
@@ -155,9 +152,7 @@ def write_recipe_preview(
     """A page with the first `rows` rows of the training data as the model gets them; returns its path."""
     loaded = load_recipe(recipe, overrides)
     kind, processor = kind_of(loaded), load_processor(loaded.model)
-    samples = kind.samples(
-        loaded, load_all(loaded.data.train, loaded.data, seed=loaded.train.seed, wanted=kind.formats)
-    )
+    samples = rows_as_read(loaded)
     path = Path(out) if out is not None else Path(f"{loaded.name}-preview.html")
     kind.preview(loaded, processor, samples, path, rows=rows)
     return path

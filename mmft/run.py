@@ -9,9 +9,10 @@ from typing import Any
 
 from mmft.adapters.build import build_adapters
 from mmft.backbones.load import load_backbone
+from mmft.data.stream_files import Fetch
 from mmft.engine.sharding import asked, check_recipe, loading_device, shard
 from mmft.kinds import kind_of
-from mmft.kinds.custom import ObjectiveFactory, find_factory, find_rewards
+from mmft.kinds.custom import ObjectiveFactory, find_factory, find_fetch, find_rewards
 from mmft.outcome import evaluate_stage, export_stage, keep_trained, report_stage, restore_trained
 from mmft.recipe.load import load_recipe
 from mmft.runfolder import find_run, open_run, read_json
@@ -27,16 +28,18 @@ def train(
     quiet: bool = False,
     objective: str | ObjectiveFactory | None = None,
     rewards: Sequence[str | Callable[..., float]] = (),
+    fetch: str | Fetch | None = None,
 ) -> dict[str, Any]:
     """Run a recipe to its end; returns the report (an empty dict on ranks other than 0).
 
     `objective` (`FILE.py:NAME`, or a class or function of (model, recipe)) takes the place of the recipe's own.
-    `rewards` (`FILE.py:NAME`, or functions of one attempt) take the place of `objective.rewards`.
+    `rewards` (`FILE.py:NAME`, or functions of one attempt) take the place of `objective.rewards`. `fetch`
+    (`FILE.py:NAME`, or a function of (url, path)) brings the shards of streamed sets that lie elsewhere.
     Raises MmftError of the kind that stopped it, and Interrupted (SystemExit) after a signal's checkpoint.
     """
     loaded = load_recipe(recipe, overrides)
     factory = find_factory(objective) if objective is not None else None
-    own = find_rewards(rewards)
+    own, bring = find_rewards(rewards), find_fetch(fetch)
     accelerator = make_accelerator(loaded.train)
     sharded = asked(accelerator.num_processes)
     if sharded:
@@ -49,7 +52,7 @@ def train(
             return done
         kind = kind_of(loaded)
         backbone = load_backbone(kind.base(loaded, run.path), loaded.quantization, device=loading_device(accelerator))
-        datasets = replace(load_datasets(loaded, backbone.processor, run.journal), rewards=own)
+        datasets = replace(load_datasets(loaded, backbone.processor, run.journal, fetch=bring), rewards=own)
         seen = calibration(loaded, backbone, datasets)
         adapted = build_adapters(backbone, loaded.adapter, seed=loaded.train.seed, calibration=seen)
         adapted = kind.adapt(adapted, loaded)

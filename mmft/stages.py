@@ -22,7 +22,7 @@ from mmft.backbones.load import Backbone
 from mmft.data.audit import audit
 from mmft.data.audit import fingerprint as fingerprint_samples
 from mmft.data.augment import Augmentation
-from mmft.data.formats import Loaded, load_many, source_name
+from mmft.data.formats import Loaded, load_all, load_many, source_name
 from mmft.data.lengths import lengths_of
 from mmft.data.loader import RowRenderer
 from mmft.data.order import StepPlan
@@ -30,6 +30,8 @@ from mmft.data.readable import readable
 from mmft.data.render import Renderer, TooLongError
 from mmft.data.sample import Sample
 from mmft.data.steps import plan_steps
+from mmft.data.stream_files import Fetch
+from mmft.data.streaming import Streamed, open_streams
 from mmft.engine.callbacks import Callback, MetricsWriter, Progress
 from mmft.engine.guards import Interrupted
 from mmft.engine.loop import Engine, TrainJob
@@ -80,15 +82,17 @@ def make_accelerator(section: TrainSection) -> Accelerator:
     )
 
 
-def load_datasets(recipe: Recipe, processor: Any, journal: Journal) -> Datasets:
-    """Read and check all rows; what is left out is counted and named in the journal.
+def load_datasets(recipe: Recipe, processor: Any, journal: Journal, *, fetch: Fetch | None = None) -> Datasets:
+    """Read and check all rows; what is left out is counted and named in the journal. Of streamed sets the files are
+    counted (`fetch` brings those that lie elsewhere).
 
     Raises DataError with the first causes by file:line, or when every row of a set is too long.
     """
     data, seed, kind = recipe.data, recipe.train.seed, kind_of(recipe)
     renderer, workers = kind.renderer(recipe, processor), recipe.train.dataloader_num_workers
-    loaded = readable(load_many(data.train, data, seed, wanted=kind.formats), data, workers=workers, journal=journal)
-    train = fitting(_rows(recipe, loaded), renderer, journal, name="train")
+    plain = [source for source in data.train if not source.streaming]
+    loaded = readable(load_many(plain, data, seed, wanted=kind.formats), data, workers=workers, journal=journal)
+    train: Sequence[Sample] = fitting(_rows(recipe, loaded), renderer, journal, name="train")
     columns = next((one.columns for one in loaded if one.columns is not None), None)
     evals: dict[str, list[Sample]] = {}
     held = load_many(data.eval, data, seed, wanted=kind.formats, columns=columns)
@@ -100,12 +104,38 @@ def load_datasets(recipe: Recipe, processor: Any, journal: Journal) -> Datasets:
     for one in loaded:
         journal.say(one.told())
         _tell_bad(one, journal)
+    stream = None
+    if len(plain) < len(data.train):
+        train = stream = open_streams(data, train, wanted=kind.formats, journal=journal, fetch=fetch)
+        for line in stream.told():
+            journal.say(line)
     if isinstance(renderer, Renderer):
-        _warn_unstopped(train, renderer, journal)
+        _warn_unstopped(spaced(train, SAMPLED_ROWS, renderer), renderer, journal)
     changes = Augmentation.of(data.augmentation, seed=seed)
+    if stream is not None:
+        stream.augment = changes
+        rest = [sample for part in stream.parts if isinstance(part, list) for sample in part]
+        return Datasets(stream, evals, renderer, stream.fingerprint(fingerprint_samples(rest)))
     if changes is not None:
         train = [dataclasses.replace(sample, augment=changes) for sample in train]
-    return Datasets(kind.balanced(recipe, train), evals, renderer, fingerprint_samples(train))
+    return Datasets(kind.balanced(recipe, list(train)), evals, renderer, fingerprint_samples(train))
+
+
+def rows_as_read(recipe: Recipe) -> Sequence[Sample]:
+    """The training rows without a look at their lengths and media, to plan and to show; streamed ones as they come."""
+    kind, data = kind_of(recipe), recipe.data
+    plain = [source for source in data.train if not source.streaming]
+    held = kind.samples(recipe, load_all(plain, data, seed=recipe.train.seed, wanted=kind.formats))
+    if len(plain) == len(data.train):
+        return held
+    return open_streams(data, held, wanted=kind.formats, journal=Journal(None, quiet=True))
+
+
+def spaced(samples: Sequence[Sample], count: int, renderer: RowRenderer) -> Sequence[Sample]:
+    """About `count` rows, evenly spaced; of streamed sets the first good ones."""
+    if isinstance(samples, Streamed):
+        return samples.near(count, renderer if isinstance(renderer, Renderer) else None)
+    return samples[:: max(1, len(samples) // count)][:count]
 
 
 def _rows(recipe: Recipe, loaded: list[Loaded]) -> list[Sample]:
@@ -194,10 +224,9 @@ def _tell_bad(loaded: Loaded, journal: Journal) -> None:
     journal.event("bad_rows", set=loaded.name, rows=[list(row) for row in loaded.bad])
 
 
-def _warn_unstopped(samples: list[Sample], renderer: Renderer, journal: Journal) -> None:
-    """Look at some rows, evenly spaced: does the last trained token end the answer?"""
-    every = max(1, len(samples) // SAMPLED_ROWS)
-    seen = audit(samples[::every][:SAMPLED_ROWS], renderer)
+def _warn_unstopped(samples: Sequence[Sample], renderer: Renderer, journal: Journal) -> None:
+    """Look at some rows: does the last trained token end the answer?"""
+    seen = audit(samples, renderer)
     if seen.unstopped:
         journal.warn(
             f"{seen.unstopped} of {seen.measured} rows looked at have no end token behind the last answer: a model "
@@ -263,6 +292,8 @@ def train_stage(
     demand(recipe, fast)
     give_back()
     run.journal.table("fast path", ["optimisation", "", "reason", "saves"], fast.table())
+    stream = datasets.train if isinstance(datasets.train, Streamed) else None
+    names = sorted(set(stream.names if stream is not None else (one.source for one in datasets.train)))
     job = TrainJob(
         adapted=work.adapted,
         objective=work.objective,
@@ -275,7 +306,7 @@ def train_stage(
         section=recipe.train,
         folder=run.path,
         prepare=work.prepare,
-        sources=tuple(sorted(sources)) if len(sources := {one.source for one in datasets.train}) > 1 else (),
+        sources=tuple(names) if len(names) > 1 else (),
         identity=identity(recipe, adapted.backbone, datasets, plan)
         | ({"fast": fast.digest} if fast.digest else {})
         | ({"objective": source_digest(factory)} if factory else {})

@@ -35,6 +35,7 @@ from mmft.kinds.base import Datasets
 from mmft.objectives.base import Objective
 from mmft.recipe.load import load_recipe
 from mmft.recipe.schema import Recipe
+from mmft.stages import rows_as_read
 
 Station = dict[str, Any]
 
@@ -47,8 +48,7 @@ def trace_row(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     """
     loaded = load_recipe(recipe, overrides)
     kind = kind_of(loaded)
-    data, seed = loaded.data, loaded.train.seed
-    samples = kind.samples(loaded, load_all(data.train, data, seed=seed, wanted=kind.formats))
+    samples = rows_as_read(loaded)
     if not 0 <= row < len(samples):
         raise RecipeError(
             f"row {row} does not exist",

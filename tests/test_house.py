@@ -88,7 +88,7 @@ FIELDS = {
     "adapter.parts.*": "mode lora_rank lora_alpha learning_rate",
     "data": "train eval temperature max_length over_length system supervise max_image_pixels video_frames augmentation"
     " max_bad_fraction",
-    "data.train.*": "path name format media_root num_samples weight repeat columns",
+    "data.train.*": "path name format media_root num_samples weight streaming repeat columns",
     "objective": "name",
     "objective: sft": "label_smoothing_factor",
     "objective: contrastive": "loss captions_per_image train_logit_scale cache_features probe_set probe_max_drop"

@@ -24,7 +24,9 @@ class Batch:
     `inputs` go to the model as they are: input_ids and attention_mask (B, T), media tensors. `labels` (B, T) are -100
     where no loss. `supervised` counts label positions with loss after the shift, `tokens` the real tokens, `padding`
     the rest. `pictures` of the rows that have some (in the order of their places) go to the tower by themselves.
-    `counted`: (data set, terms of the loss) of each row, in the order of the terms; () where the loss has none by row.
+    `left_out`: rows of a stream that were bad when met: what is told of each, and whether it counts as bad or is only
+    too long. `counted`: (data set, terms of the loss) of each row, in the order of the terms; () where the loss has
+    none by row.
     """
 
     inputs: dict[str, Any]
@@ -35,6 +37,7 @@ class Batch:
     padding: int
     pictures: tuple[Pictures, ...] = field(default=(), kw_only=True)
     counted: tuple[tuple[str, int], ...] = field(default=(), kw_only=True)
+    left_out: tuple[tuple[str, bool], ...] = field(default=(), kw_only=True)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""

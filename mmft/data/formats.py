@@ -139,11 +139,12 @@ def _open(source: DataSource, wanted: Sequence[str]) -> _Opened:
     if not look:
         broken = [problem for _, row in first[:5] if isinstance(row, DataError) for problem in row.problems]
         raise DataError([Problem(f"none of the first {len(first)} rows can be read", str(path)), *broken])
-    form = source.format if source.format in PARSERS else _guessed(look, source, path, wanted)
+    form = source.format if source.format in PARSERS else guessed(look, source, path, wanted)
     return _Opened(found, itertools.chain(first, found.rows), form, source_name(source))
 
 
-def _guessed(rows: Sequence[Row], source: DataSource, path: Path, wanted: Sequence[str]) -> str:
+def guessed(rows: Sequence[Row], source: DataSource, path: Path, wanted: Sequence[str]) -> str:
+    """The dialect of the first rows of a source. Raises DataError where they show none."""
     if tuple(wanted) == (TABLE,):
         return TABLE
     if looks_like_preferences(rows):

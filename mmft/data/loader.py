@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -16,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmft.data.collate import Batch, Side, collate
 from mmft.data.order import MicroBatch, StepPlan
-from mmft.data.render import OverLength, Renderer
+from mmft.data.render import IGNORED, OverLength, Rendered, Renderer, TooLongError
 from mmft.data.sample import Sample
+from mmft.data.streaming import Streamed
 from mmft.errors import DataError, MemoryLimitError, MmftError
 
 PREFETCH = 2
@@ -72,6 +74,8 @@ class _MicroBatches(Dataset):
 
     def __getitem__(self, index: int) -> Batch | MmftError | None:
         try:
+            if isinstance(self._samples, Streamed) and isinstance(self._renderer, Renderer):
+                return self._of_stream(self._samples, self._renderer, self._work[index].rows)
             rows = [(self._samples[row], epoch) for row, epoch in self._work[index].rows]
             if not rows:
                 return None
@@ -81,6 +85,34 @@ class _MicroBatches(Dataset):
         except MemoryError:
             where = f"samples {', '.join(self._samples[row].id for row, _ in self._work[index].rows[:8])}"
             return MemoryLimitError("out of memory while rows were read", where=where, do="give the host more memory")
+
+    def _of_stream(self, samples: Streamed, renderer: Renderer, rows: Sequence[tuple[int, int]]) -> Batch:
+        """The batch of those rows that are good. Where none is, it is a row further on that nothing is learned from, so
+        that every rank has a forward."""
+        good: list[Rendered] = []
+        left: list[tuple[str, bool]] = []
+        for row, epoch in rows:
+            try:
+                good.append(renderer.render(samples[row].at(epoch)))
+            except MmftError as error:
+                if not samples.leaves_out(error):
+                    raise
+                problem = error.problems[0]
+                left.append((f"{problem.where}: {problem.what}", not isinstance(error, TooLongError)))
+        blank = not good
+        for further in range(1, len(samples) if blank else 0):
+            try:
+                found = renderer.render(samples[(rows[0][0] + further) % len(samples)])
+            except MmftError as error:
+                if not samples.leaves_out(error):
+                    raise
+                continue
+            good.append(dataclasses.replace(found, labels=torch.full_like(found.labels, IGNORED)))
+            break
+        if not good:
+            raise DataError(f"all {len(samples)} rows are bad", where=left[0][0], do="mend the data")
+        batch = collate(good, pad_token_id=self._pad_token_id, side=self._side)
+        return dataclasses.replace(batch, ids=() if blank else batch.ids, left_out=tuple(left))
 
 
 class _Steps(Sequence[MicroBatch]):

@@ -76,14 +76,19 @@ def mixture_of(
     if len(given) < len(sizes):  # rows that were made of others
         return None
     counts = tuple(size for _, size in sizes)
-    if any(source.weight is not None for source in given):
-        shares = [source.weight or 0.0 for source in given]
+    draws = draws_of(counts, given, temperature=temperature)
+    return None if draws == counts else Mixture(counts, draws)
+
+
+def draws_of(counts: Sequence[int], sources: Sequence[DataSource], *, temperature: float) -> tuple[int, ...]:
+    """Rows that an epoch takes of each set of `counts` rows; see `mixture_of`."""
+    if any(source.weight is not None for source in sources):
+        shares = [source.weight or 0.0 for source in sources]
     elif temperature != 1.0:
         shares = [size ** (1.0 / temperature) for size in counts]
     else:
-        draws = tuple(max(1, round(source.repeat * size)) for source, size in zip(given, counts, strict=True))
-        return None if draws == counts else Mixture(counts, draws)
-    return Mixture(counts, largest_remainder(shares, sum(counts)))
+        return tuple(max(1, round(source.repeat * size)) for source, size in zip(sources, counts, strict=True))
+    return largest_remainder(shares, sum(counts))
 
 
 def largest_remainder(shares: Sequence[float], total: int) -> tuple[int, ...]:

@@ -49,9 +49,12 @@ def read_rows(path: Path) -> Read:
     return reader(path)
 
 
-def _parsed(text: str, where: str) -> Row | DataError:
+def parse_line(line: bytes, where: str) -> Row | DataError:
+    """The row of one line of a .jsonl file, or what is wrong with it."""
     try:
-        row = json.loads(text)
+        row = json.loads(line.decode("utf-8").strip())
+    except UnicodeDecodeError as error:
+        return DataError(f"not UTF-8: byte {error.start} is {line[error.start]:#04x}", where=where)
     except (ValueError, RecursionError) as error:
         column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         return DataError(f"broken JSON{column}: {getattr(error, 'msg', error)}", where=where)
@@ -78,12 +81,7 @@ def _jsonl(path: Path) -> Read:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                yield where, DataError(f"not UTF-8: byte {error.start} is {line[error.start]:#04x}", where=where)
-                continue
-            yield where, _parsed(text.strip(), where)
+            yield where, parse_line(line, where)
 
 
 def _json(path: Path) -> Read:

@@ -21,7 +21,7 @@ from mmft.data.pictures import Pictures
 from mmft.data.sample import MediaRef, Piece, Sample, Turn
 from mmft.data.shrink import Size, shrink
 from mmft.data.templates import check_template, time_limit
-from mmft.errors import DataError, MmftError, Problem
+from mmft.errors import DataError, MmftError
 
 IGNORED = -100
 OverLength = Literal["error", "drop", "truncate_text", "shrink_images"]
@@ -154,7 +154,7 @@ class Renderer:
         try:
             return work(sample)
         except MmftError as error:
-            raise type(error)([_placed(problem, row) for problem in error.problems]) from error
+            raise type(error)([problem.within(row) for problem in error.problems]) from error
         except (ValueError, TypeError, KeyError, IndexError, RuntimeError, TemplateError) as error:
             raise DataError(
                 f"the processor refused the row: {type(error).__name__}: {error}",
@@ -226,9 +226,7 @@ class Renderer:
         media = {name: value for name, value in data.items() if name not in _TEXT_KEYS}
         count = int(is_media.sum())
         rows = self._per_row_names() & media.keys() if sample.media else frozenset()
-        return Rendered(
-            sample.id, ids, labels, media, len(ids) - count, count, frozenset(rows), source=sample.source
-        )
+        return Rendered(sample.id, ids, labels, media, len(ids) - count, count, frozenset(rows), source=sample.source)
 
     def _media(self, turns: Sequence[Turn], media: Sequence[MediaRef], *, prompt: bool) -> list[Opened]:
         """The row's media; pictures all made smaller by one factor where the recipe asks for it and the row is too
@@ -393,8 +391,3 @@ def _capped(turns: tuple[Turn, ...], cap: int) -> tuple[Turn, ...]:
         else turn
         for turn in turns
     )
-
-
-def _placed(problem: Problem, row: str) -> Problem:
-    where = row if problem.where is None else f"{row}: {problem.where}"
-    return dataclasses.replace(problem, where=where)

@@ -43,26 +43,37 @@ def read_shards(path: Path) -> Read:
 
 
 def _shard(shard: Path) -> Iterator[tuple[str, Row | DataError]]:
+    try:
+        with tarfile.open(shard, "r:") as file:
+            yield from rows_of_tar(file, shard)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(f"broken tar file: {error}", where=str(shard), do="write the shard again") from error
+
+
+def key_of(name: str) -> tuple[str, str]:
+    """(key, ending) of a member: its path up to the first dot of its name, and what follows."""
+    folder, _, file = name.rpartition("/")
+    stem, _, ending = file.partition(".")
+    return f"{folder}/{stem}".lstrip("/"), ending.lower()
+
+
+def rows_of_tar(file: tarfile.TarFile, shard: Path) -> Iterator[tuple[str, Row | DataError]]:
+    """The rows of an opened shard, from where it stands; its path is what they are named by. Raises TarError."""
     number, key = 0, None
     row: Row = {}
     bad: DataError | None = None
-    try:
-        with tarfile.open(shard, "r:") as file:
-            for member in file:
-                if member.isdir():
-                    continue
-                stem, _, ending = member.name.rpartition("/")[2].partition(".")
-                found = f"{member.name.rpartition('/')[0]}/{stem}".lstrip("/")
-                if key is not None and found != key:
-                    yield f"{shard}:{number}", bad or row
-                if found != key:
-                    number, key, row, bad = number + 1, found, {"id": found}, None
-                try:
-                    row |= _member(file, member, ending.lower(), row, shard, f"{shard}:{number}")
-                except DataError as error:
-                    bad = error
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"broken tar file: {error}", where=str(shard), do="write the shard again") from error
+    for member in file:
+        if member.isdir():
+            continue
+        found, ending = key_of(member.name)
+        if key is not None and found != key:
+            yield f"{shard}:{number}", bad or row
+        if found != key:
+            number, key, row, bad = number + 1, found, {"id": found}, None
+        try:
+            row |= _member(file, member, ending, row, shard, f"{shard}:{number}")
+        except DataError as error:
+            bad = error
     if key is not None:
         yield f"{shard}:{number}", bad or row
 

@@ -9,6 +9,8 @@ from mmft.data.mixture import mixture_of
 from mmft.data.order import StepPlan, Together
 from mmft.data.packing import shown_alike
 from mmft.data.sample import Sample
+from mmft.data.stream_order import StreamPlan
+from mmft.data.streaming import Streamed
 from mmft.errors import RecipeError
 from mmft.recipe.schema import Recipe
 
@@ -32,6 +34,11 @@ def plan_steps(recipe: Recipe, samples: Sequence[Sample], world: int) -> tuple[S
                 allowed=f"a multiple of {micro * world}",
                 do="change one of the three numbers",
             )
+    if isinstance(samples, Streamed):
+        stream = StreamPlan(
+            sum(samples.draws), micro, per_step, world, section.seed, sets=samples.sets, draws=samples.draws
+        )
+        return stream, section.max_steps or stream.steps_for(section.num_train_epochs)
     sets = recipe.data.train
     mixture = mixture_of(samples, sets, [source_name(one) for one in sets], temperature=recipe.data.temperature)
     rows = len(samples) if mixture is None else mixture.rows

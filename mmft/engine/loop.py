@@ -25,11 +25,13 @@ from mmft.data.collate import Batch
 from mmft.data.loader import batches
 from mmft.data.order import StepPlan
 from mmft.data.sample import Sample
+from mmft.data.streaming import Streamed
 from mmft.engine.callbacks import Callback
 from mmft.engine.checkpoint import checkpoint_folder, load_checkpoint, newest_valid, require_room, save_checkpoint
 from mmft.engine.guards import StopSignals, everywhere, not_finite
 from mmft.engine.heldout import mean_loss
 from mmft.engine.job import TrainJob
+from mmft.engine.left_out import tell_left_out
 from mmft.engine.memory import checkpoint_layers
 from mmft.engine.optim import Masters, build_optimizer, lr_scale, set_learning_rate
 from mmft.engine.ranks import Ranks
@@ -194,6 +196,8 @@ class Engine:
         state.step += 1
         state.samples_consumed += int(rows_all)
         state.tokens_consumed += int(tokens_all)
+        if isinstance(job.samples, Streamed):
+            tell_left_out(job, job.samples, state, micros, journal=self.journal)
         metrics = {
             "loss": loss,
             **{name: logs[part] / (logs[over] or 1.0) for name, (part, over) in job.objective.metrics.items()},

@@ -9,7 +9,7 @@ from typing import Any
 @dataclass(slots=True)
 class TrainState:
     """Counters that a checkpoint stores. `step` is the number of finished optimizer steps, of which `skipped` made no
-    update; micro-batches were made smaller `halvings` times."""
+    update; micro-batches were made smaller `halvings` times; `bad_rows` of a stream were left out."""
 
     step: int = 0
     samples_consumed: int = 0
@@ -20,6 +20,7 @@ class TrainState:
     stopped: str | None = None
     skipped: int = 0
     halvings: int = 0
+    bad_rows: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `state.json`."""

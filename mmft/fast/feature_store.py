@@ -30,11 +30,12 @@ from mmft.data.collate import Batch, collate
 from mmft.data.render import Rendered, Renderer
 from mmft.errors import MmftError
 from mmft.fast.plan import Candidate, NotHere, Setting, Work
-from mmft.fast.slabs import Slabs, cache_folder, cache_limit
+from mmft.fast.slabs import Slabs, cache_folder
 from mmft.fast.stored import FEATURES, StoredRenderer
 from mmft.fast.tower import FROZEN, Tower
 from mmft.objectives.build import output_head
 from mmft.objectives.sft import head_on_rows
+from mmft.paths import cache_limit
 from mmft.recipe.methods import METHODS
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}

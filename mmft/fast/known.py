@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from mmft.data.streaming import Streamed
 from mmft.fast import (
     feature_store,
     fused_norms,
@@ -36,9 +39,20 @@ CANDIDATES: tuple[Candidate, ...] = (
 """A new one is entered here, and its name in `mmft.recipe.section.FastName`."""
 
 
+LOOK_AT_ROWS = (feature_store, packing, shared_prefix)
+"""Those that go through all rows before training, which a stream does not allow."""
+
+
+def _of_a_stream(_: Setting) -> tuple[bool, str]:
+    return False, "the rows of a stream are not looked at before training"
+
+
 def fast_plan(setting: Setting) -> FastPlan:
     """The plan over all that is known."""
-    return _fast_plan(setting, CANDIDATES)
+    if not isinstance(setting.samples, Streamed):
+        return _fast_plan(setting, CANDIDATES)
+    out = [one.CANDIDATE for one in LOOK_AT_ROWS]
+    return _fast_plan(setting, tuple(replace(one, holds=_of_a_stream) if one in out else one for one in CANDIDATES))
 
 
 def install(plan: FastPlan, setting: Setting, work: Work) -> tuple[FastPlan, Work]:

@@ -10,6 +10,8 @@ import torch
 
 from mmft.data.collate import Batch
 from mmft.data.loader import assemble
+from mmft.data.render import Renderer
+from mmft.data.streaming import Streamed
 from mmft.fast.plan import Setting, Work
 
 
@@ -19,7 +21,12 @@ def probe_batch(setting: Setting, work: Work) -> Batch | None:
         return None
     backbone = setting.adapted.backbone
     pad = 0 if hasattr(work.renderer, "assemble") else backbone.pad_token_id
-    batch = assemble(work.renderer, [(setting.samples[0], 0)], pad_token_id=pad)
+    first = setting.samples[0] if not isinstance(setting.samples, Streamed) else None
+    if isinstance(setting.samples, Streamed) and isinstance(work.renderer, Renderer):
+        first = next(iter(setting.samples.near(1, work.renderer)), None)
+    if first is None:
+        return None
+    batch = assemble(work.renderer, [(first, 0)], pad_token_id=pad)
     dtype = backbone.model.dtype
     inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.inputs.items()}
     return work.prepare(replace(batch, inputs=inputs).to(next(work.adapted.model.parameters()).device))

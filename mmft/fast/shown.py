@@ -11,6 +11,7 @@ from mmft.data.order import StepPlan
 from mmft.data.packing import PackedRenderer, PackPlan, Positions, plain_positions, row_sizes
 from mmft.data.render import Renderer
 from mmft.data.sample import Sample
+from mmft.data.streaming import Streamed
 from mmft.fast.packing import by_recipe
 from mmft.recipe.schema import Recipe
 
@@ -29,7 +30,7 @@ def step_lines(
 ) -> list[Batch]:
     """The forwards of a step as lines of rows, rendered; none where the recipe does not pack. Whether the model can is
     proven when the run starts."""
-    if not isinstance(renderer, Renderer) or by_recipe(recipe, renderer):
+    if not isinstance(renderer, Renderer) or isinstance(samples, Streamed) or by_recipe(recipe, renderer):
         return []
     rows = plan.step_rows(step)
     spaced = range(0, len(samples), max(1, len(samples) // MEASURED))

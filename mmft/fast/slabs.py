@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from mmft.files import free_bytes
+from mmft.paths import cache_root
 
 SUFFIXES = (".slab", ".safetensors")
 """Files that a cache may throw out."""
@@ -262,13 +263,4 @@ def evict(root: Path, *, limit: int, since: float = math.inf) -> list[Path]:
 
 def cache_folder() -> Path:
     """`$MMFT_CACHE/features` (`~/.cache/mmft/features`)."""
-    return Path(os.environ.get("MMFT_CACHE", "~/.cache/mmft")).expanduser() / "features"
-
-
-def cache_limit() -> int:
-    """Bytes that the cache may hold: `$MMFT_CACHE_SIZE` (`20GB`, `500MB`, a number of bytes), 20 GB if not given."""
-    text = os.environ.get("MMFT_CACHE_SIZE", "20GB").strip().upper()
-    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3), ("B", 1)):
-        if text.endswith(unit):
-            return int(float(text.removesuffix(unit)) * factor)
-    return int(float(text))
+    return cache_root() / "features"

@@ -36,7 +36,7 @@ class Datasets:
     """Training rows and, by name, the evaluation sets; the renderer that both go through. `rewards` are functions of
     the user's own that judge sampled answers."""
 
-    train: list[Sample]
+    train: Sequence[Sample]
     evals: dict[str, list[Sample]]
     renderer: RowRenderer
     fingerprint: str

@@ -1,5 +1,5 @@
-"""Objectives and rewards of the user's own, from a Python file: named on the command line or in Python, never in a
-recipe.
+"""Objectives, rewards and what fetches shards, of the user's own, from a Python file: named on the command line or in
+Python, never in a recipe.
 
 The command line is trusted, a recipe is not; what a recipe says can therefore never run code.
 """
@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmft.data.collate import Batch
+from mmft.data.stream_files import Fetch
 from mmft.errors import RecipeError, choices
 from mmft.files import sha256_bytes
 from mmft.objectives.base import Loss, Objective, StepObjective
@@ -58,6 +59,26 @@ def find_rewards(specs: Sequence[str | Callable[..., float]]) -> dict[str, Calla
         if name in found:
             raise RecipeError(f"two rewards are named '{name}'", where=where, do="rename one")
         found[name] = reward
+    return found
+
+
+def find_fetch(spec: str | Fetch | None) -> Fetch | None:
+    """What brings shards from elsewhere: the function that `FILE.py:NAME` names, or as it is given.
+
+    Raises RecipeError for one that is not there or cannot be called with (url, path).
+    """
+    if spec is None:
+        return None
+    found = _named(spec, "--fetch") if isinstance(spec, str) else spec
+    try:
+        inspect.signature(found).bind(None, None)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f"the function cannot be called: {error}",
+            where=f"--fetch {spec}",
+            allowed="a function of (url, path) that writes the file",
+            do="change its parameters",
+        ) from error
     return found
 
 

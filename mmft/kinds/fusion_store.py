@@ -17,11 +17,12 @@ from mmft.data.sample import Sample
 from mmft.data.tables import modality_name
 from mmft.errors import RecipeError
 from mmft.evaluation.classes import inner
-from mmft.fast.slabs import GRACE, cache_folder, cache_limit, evict
+from mmft.fast.slabs import GRACE, cache_folder, evict
 from mmft.files import sha256_bytes, to_json
 from mmft.fusion.store import FeatureStore
 from mmft.kinds.base import Datasets
 from mmft.lock import one_at_a_time
+from mmft.paths import cache_limit
 from mmft.recipe.schema import Recipe
 
 _BATCH = 16

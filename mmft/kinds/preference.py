@@ -99,7 +99,7 @@ class Preference(Kind):
         section, renderer = recipe.objective, preference_renderer(datasets)
         require_candidates(datasets.train, recipe, what="data.train")
         require_candidates(next(iter(datasets.evals.values()), []), recipe, what="the first set of data.eval")
-        renderer.pool = datasets.train if renderer.altered == "other" else []
+        renderer.pool = list(datasets.train) if renderer.altered == "other" else []
         head, ahead = output_head(adapted.model, where="objective.name"), virtual_tokens(adapted.model)
         dtype = adapted.backbone.model.dtype
 

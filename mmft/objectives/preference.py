@@ -16,7 +16,7 @@ from mmft.data.collate import Batch
 from mmft.data.preference_render import PreferenceBatch
 from mmft.errors import DataError
 from mmft.objectives import preference_losses as losses
-from mmft.objectives.base import Loss
+from mmft.objectives.base import Loss, by_source
 from mmft.objectives.preference_forward import answer_logps
 from mmft.objectives.preference_losses import Pair
 from mmft.objectives.reference import Run, placed

@@ -6,6 +6,7 @@ it is merged: mappings merge key by key, lists replace.
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -226,6 +227,11 @@ def _defaults(root: Node, path: str | Path | Mapping[str, Any]) -> Node:
 _PATHS = re.compile(r"model\.name_or_path|data\.(train|eval)\.\d+\.(path|media_root)|train\.output_dir")
 
 
+def _there(path: Path) -> bool:
+    """Whether a path, or something that a pattern (`shards/*.tar`) stands for, exists."""
+    return path.exists() or ("*" in str(path) and next(glob.iglob(str(path), recursive=True), None) is not None)
+
+
 def _absolute(node: Node, path: tuple[str | int, ...]) -> Node:
     """Paths made absolute where they exist, beside the file they are written in or below the working folder."""
     value = node.value
@@ -242,7 +248,7 @@ def _absolute(node: Node, path: tuple[str | int, ...]) -> Node:
         if path[-1] == "output_dir" or given.is_absolute():
             return replace(node, value=str(given) + tail) if value.startswith("~") else node
         for folder in (node.folder, Path.cwd()):
-            if folder is not None and (folder / given).exists():
+            if folder is not None and _there(folder / given):
                 return replace(node, value=str((folder / given).absolute()) + tail)
     except (OSError, RuntimeError, ValueError):
         return node

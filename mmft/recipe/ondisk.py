@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +32,13 @@ def _exists(path: str, *, folder: bool = False) -> bool:
         return False
 
 
+def _matches(pattern: str) -> bool:
+    try:
+        return next(glob.iglob(pattern, recursive=True), None) is not None
+    except (OSError, ValueError):
+        return False
+
+
 def _near_file(path: str) -> str:
     try:
         names = [entry.name for entry in Path(path).parent.iterdir()]
@@ -56,7 +64,7 @@ def missing_sources(recipe: Recipe) -> Iterator[Finding]:
             yield Finding(
                 f"{field}.path", f"{field}.path: {source.path[:120]!r} is a URL", do, "a local file or folder"
             )
-        elif not _exists(source.path):
+        elif not _exists(source.path) and not (source.streaming and _matches(source.path)):
             what = f"{field}.path: {source.path[:200]!r} does not exist"
             yield Finding(f"{field}.path", what, _near_file(source.path), DATA_FILES)
         if source.media_root is not None and not _exists(source.media_root, folder=True):

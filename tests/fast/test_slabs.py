@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mmft.fast import slabs as slabs_module
-from mmft.fast.slabs import Slabs, cache_limit, evict, held
+from mmft.fast.slabs import Slabs, evict, held
+from mmft.paths import cache_limit
 
 MANY = 10**9
 

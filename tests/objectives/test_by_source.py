@@ -1,4 +1,4 @@
-"""The loss told by data set: its parts are those of the rows alone, in padded batches, in lines and in the fast head."""
+"""The loss told by data set: its parts are those of the rows alone, padded, in a line and with the fast head."""
 
 from __future__ import annotations
 

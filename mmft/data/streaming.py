@@ -1,0 +1,221 @@
+"""Sets that are read as they come: `Streamed` gives any row by its number and holds none, so a set may be larger than
+memory, and with fetched shards larger than the disk.
+
+Rows are not looked at before training. One that is bad is met by the step that wants it: the run stops there, or with
+`max_bad_fraction` above 0 the step goes on without it, the same on every resume, worker and rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from mmft.data.augment import Augmentation
+from mmft.data.dialects import DIALECTS, RowContext
+from mmft.data.formats import guessed, source_name
+from mmft.data.mixture import draws_of
+from mmft.data.readers import Row
+from mmft.data.render import Renderer, TooLongError
+from mmft.data.sample import Sample
+from mmft.data.stream_files import TOGETHER, Fetch, ShardError, StreamFiles
+from mmft.data.stream_order import StreamSet
+from mmft.data.stream_shards import Shard
+from mmft.digests import sha256_bytes
+from mmft.errors import DataError, MmftError, Problem
+from mmft.journal import Journal
+from mmft.recipe.schema import DataSection, DataSource
+
+_LOOK = 20
+_OPEN = 64
+"""Files of one set that a process keeps open (fetched ones: the shards of one group)."""
+
+
+class StreamedSet(Sequence[Sample]):
+    """The rows of one streamed set of conversations. A row that is none raises DataError when it is asked for."""
+
+    def __init__(self, source: DataSource, *, system: str | None, wanted: Sequence[str], fetch: Fetch | None) -> None:
+        path = Path(source.path)
+        self.files = StreamFiles(path, fetch=fetch)
+        self.name = source_name(source)
+        root = Path(source.media_root) if source.media_root else self.files.root
+        self._source, self._wanted, self._path = source, tuple(wanted), path
+        self._context = RowContext(name=self.name, root=root, columns=dict(source.columns), system=system)
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._process = os.getpid()
+        self._format: str | None = None
+        self.set = StreamSet((0,))
+
+    def counted(self, journal: Journal) -> StreamedSet:
+        """Itself, with its rows counted."""
+        self.set = StreamSet(self.files.count(journal, name=self.name), TOGETHER if self.files.remote else 0)
+        return self
+
+    def __len__(self) -> int:
+        return self.set.rows
+
+    @overload
+    def __getitem__(self, number: int) -> Sample: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Sample]: ...
+    def __getitem__(self, number: int | slice) -> Sample | list[Sample]:
+        if isinstance(number, slice):
+            return [self[one] for one in range(*number.indices(len(self)))]
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        file = int(np.searchsorted(self.set.starts, number, side="right")) - 1
+        shard = self._shard(file)
+        where, row = shard.row(number - int(self.set.starts[file]))
+        if isinstance(row, DataError):
+            raise row
+        try:
+            return shard.with_media(DIALECTS[self.format](row, where, number + 1, self._context))
+        except DataError as error:
+            raise DataError([problem.within(where) for problem in error.problems]) from error
+
+    @property
+    def format(self) -> str:
+        """The dialect of the rows: as the recipe says, or as the first ones show."""
+        if self._format is None:
+            form = self._source.format if self._source.format in DIALECTS else guessed(
+                self._first_rows(), self._source, self._path, self._wanted
+            )  # fmt: skip
+            if form not in DIALECTS:
+                raise DataError(
+                    f"the rows of '{self.name}' are {form}, which are not streamed",
+                    where=str(self._path),
+                    allowed=", ".join(DIALECTS),
+                    do="set data.train[].format, or take streaming away",
+                )
+            self._format = form
+        return self._format
+
+    def _first_rows(self) -> list[Row]:
+        file = next(at for at, size in enumerate(self.set.sizes) if size)
+        found = [self._shard(file).row(number) for number in range(min(_LOOK, self.set.sizes[file]))]
+        rows = [row for _, row in found if not isinstance(row, DataError)]
+        if not rows:
+            broken = [problem for _, row in found[:5] if isinstance(row, DataError) for problem in row.problems]
+            raise DataError([Problem(f"none of the first {len(found)} rows can be read", str(self._path)), *broken])
+        return rows
+
+    def _shard(self, file: int) -> Shard:
+        if self._process != os.getpid():  # a loader worker: an opened file's position is shared with its parent
+            self._open, self._process = OrderedDict(), os.getpid()
+        if file not in self._open:
+            while len(self._open) >= (TOGETHER if self.files.remote else _OPEN):
+                self._open.popitem(last=False)[1].close()
+            self._open[file] = self.files.open(file)
+        self._open.move_to_end(file)
+        return self._open[file]
+
+
+class Streamed(Sequence[Sample]):
+    """Training sets behind one another, some of them streamed, of which an epoch takes `draws` rows each.
+
+    `bad_allowed`: share of rows that may be left out when met; `long_allowed`: whether over-long rows are.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[StreamedSet | list[Sample]],
+        *,
+        names: Sequence[str],
+        draws: Sequence[int],
+        section: DataSection,
+    ) -> None:
+        self.parts, self.names, self.draws = tuple(parts), tuple(names), tuple(draws)
+        self.sets = tuple(part.set if isinstance(part, StreamedSet) else StreamSet((len(part),)) for part in parts)
+        self.starts = np.concatenate(([0], np.cumsum([one.rows for one in self.sets])))
+        self.bad_allowed, self.long_allowed = section.max_bad_fraction, section.over_length == "drop"
+        self.augment: Augmentation | None = None
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @overload
+    def __getitem__(self, number: int) -> Sample: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Sample]: ...
+    def __getitem__(self, number: int | slice) -> Sample | list[Sample]:
+        if isinstance(number, slice):
+            return [self[one] for one in range(*number.indices(len(self)))]
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        part = int(np.searchsorted(self.starts, number, side="right")) - 1
+        sample = self.parts[part][number - int(self.starts[part])]
+        return sample if self.augment is None else replace(sample, augment=self.augment)
+
+    def leaves_out(self, error: MmftError) -> bool:
+        """Whether a row that raised this is left out; else it stops the run."""
+        if isinstance(error, TooLongError) and self.long_allowed:
+            return True
+        return isinstance(error, DataError) and not isinstance(error, ShardError) and self.bad_allowed > 0
+
+    def near(self, count: int, renderer: Renderer | None = None) -> list[Sample]:
+        """Up to `count` of the first good rows (with `renderer`: those that can be rendered), as far as they can be
+        read without a `fetch` that is not there."""
+        found: list[Sample] = []
+        for part, first in zip(self.parts, self.starts, strict=False):
+            if isinstance(part, StreamedSet) and not part.files.reachable(0):
+                continue
+            good = 0
+            for number in range(min(len(part), count + _LOOK)):
+                try:
+                    sample = self[int(first) + number]
+                    if renderer is not None:
+                        renderer.render(sample)
+                except MmftError as error:
+                    if not self.leaves_out(error):
+                        raise
+                    continue
+                found.append(sample)
+                if (good := good + 1) == count:
+                    break
+        return found[:: max(1, len(found) // count)][:count]
+
+    def told(self) -> Iterator[str]:
+        """A line a streamed set."""
+        for part in self.parts:
+            if isinstance(part, StreamedSet):
+                yield f"{part.name}: {len(part)} rows of {len(part.set.sizes)} files, read as they come"
+
+    def fingerprint(self, held: str) -> str:
+        """sha256 over the files of the streamed sets and `held`, the fingerprint of the others."""
+        told = [part.files.fingerprint for part in self.parts if isinstance(part, StreamedSet)]
+        return sha256_bytes(json.dumps([held, *told, self.draws]).encode())
+
+
+def open_streams(
+    section: DataSection,
+    held: Sequence[Sample],
+    *,
+    wanted: Sequence[str],
+    journal: Journal,
+    fetch: Fetch | None = None,
+) -> Streamed:
+    """The training sets of a recipe that streams some; `held` are the rows of the others, by their `source`.
+
+    Raises DataError for files that cannot be counted.
+    """
+    by_name: dict[str, list[Sample]] = {}
+    for sample in held:
+        by_name.setdefault(sample.source, []).append(sample)
+    parts: list[StreamedSet | list[Sample]] = []
+    chosen: list[DataSource] = []
+    for source in section.train:
+        if source.streaming:
+            opened = StreamedSet(source, system=section.system, wanted=wanted, fetch=fetch).counted(journal)
+            parts.append(opened)
+            chosen.append(source)
+        elif rows := by_name.pop(source_name(source), []):
+            parts.append(rows)
+            chosen.append(source)
+    draws = draws_of([len(part) for part in parts], chosen, temperature=section.temperature)
+    return Streamed(parts, names=[source_name(one) for one in chosen], draws=draws, section=section)
