@@ -5,12 +5,22 @@ from __future__ import annotations
 import re
 
 _CAUSES: tuple[tuple[str, str], ...] = (
-    ("json", r"broken JSON|not UTF-8|the row is a |the row has not \d+ fields|the line is "),
+    ("json", r"broken JSON|half a surrogate|not UTF-8|the row is a |the row has not \d+ fields|the line is "),
     ("placeholders", r"placeholder\(s\) but|one medium in a pair|pictures?' in a pair"),
     ("role_order", r"turn \d+ is |the last turn is not|stands in a \w+ turn|\.(role|from)` is "),
-    ("empty_answer", r"an answer is empty|a caption is (empty|missing)|list of answers is empty|label is empty"),
-    ("missing_file", r"does not exist|the row has no picture|an? (image|audio|video) is missing"),
-    ("outside", r"^path .*(climbs out|leads outside|is a URL|is not a plain path|NUL|is not a path|regular file)"),
+    (
+        "empty_answer",
+        r"an answer is empty|a caption is (empty|missing)|list of answers is empty|label is empty"
+        r"|an answer is (nan|inf|-inf)",
+    ),
+    (
+        "missing_file",
+        r"does not exist|^path .* cannot be resolved|the row has no picture|an? (image|audio|video) is missing",
+    ),
+    (
+        "outside",
+        r"^path .*(climbs out|leads outside|is a URL|is not a plain path|NUL|is not a path|regular file)",
+    ),
     ("bomb", r"DecompressionBomb|the picture is \d+ x \d+ = |the frames are \d+ x|has \d+ bytes|more than \d+ frames"),
     ("truncated", r"truncated|Truncated|unexpected end|is empty \(0 bytes\)|has no samples"),
     ("silent", r"the sound is silent"),
@@ -18,12 +28,13 @@ _CAUSES: tuple[tuple[str, str], ...] = (
     ("video", r"not a video|the video |holds no pictures|the file has no pictures|it has no frames"),
     ("audio", r"the sound |samples without a rate|a sound of shape|the samples are no numbers"),
     ("corrupt_image", r"the picture cannot be decoded|not a picture|the picture's base64|cannot be read"),
+    ("turn_tokens", r"begins or ends a turn of this model"),
     ("masked", r"no token of the row carries loss"),
     ("over_long", r"the row has \d+ tokens|the texts have \d+ characters|a \w+ has \d+ characters"),
     ("duplicate", r"is the same as|was given before"),
     ("leak", r"is also in the evaluation set"),
     ("animated", r"^the picture is animated"),
-    ("cmyk", r"^the picture is CMYK"),
+    ("cmyk", r"^the picture is (CMYK|YCbCr|LAB|HSV)"),
     ("sixteen_bit", r"^the picture has more than 8 bits"),
     ("alpha", r"^the picture has an alpha channel"),
     ("rotated", r"^the picture is turned by its EXIF"),

@@ -32,7 +32,7 @@ def write_clean(path: Path, out: Path, bad: Collection[str]) -> int:
         raise DataError("the clean set would overwrite its source", where=str(out), do="name another file")
     out.parent.mkdir(parents=True, exist_ok=True)
     if form in (".jsonl", ".ndjson"):
-        lines = path.read_bytes().splitlines(keepends=True)
+        lines = [line + b"\n" for line in path.read_bytes().removesuffix(b"\n").split(b"\n")]
         kept = [line for at, line in enumerate(lines, 1) if line.strip() and f"{path}:{at}" not in bad]
         write_bytes(out, b"".join(kept))
         return len(kept)

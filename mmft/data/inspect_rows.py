@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import lru_cache
 
 from PIL import Image
 
@@ -17,7 +18,7 @@ from mmft.data.likeness import Likeness, likeness
 from mmft.data.loader import RowRenderer
 from mmft.data.media import frames_of, media_digest, open_image, picture_traits
 from mmft.data.render import Renderer
-from mmft.data.sample import MediaRef, Sample
+from mmft.data.sample import MediaRef, Piece, Sample, Turn
 from mmft.data.sounds import MAX_SECONDS, open_audio
 from mmft.data.videos import open_video
 from mmft.errors import MmftError
@@ -84,12 +85,22 @@ def _rendered(sample: Sample, renderer: RowRenderer | None) -> list[str]:
     try:
         if isinstance(renderer, Renderer) and sample.turns:
             renderer.render(sample)
+            text = "\n".join(turn.text for turn in sample.turns)
+            marks = [mark for mark in _marks(renderer) if mark in text]
+            return [f"a text holds {mark!r}, a token that begins or ends a turn of this model" for mark in marks]
         elif not isinstance(renderer, Renderer):
             length = renderer.length(sample)
             return [f"the row has {length} tokens"] if length > renderer.max_length else []
     except MmftError as error:
         return [_said(error)]
     return []
+
+
+@lru_cache(maxsize=4)
+def _marks(renderer: Renderer) -> tuple[str, ...]:
+    """Special tokens that the chat template writes around turns: in a text they would be read as such."""
+    text = renderer.text([Turn("user", (Piece("text", "x"),)), Turn("assistant", (Piece("text", "y"),))])
+    return tuple(mark for mark in renderer.tokenizer.all_special_tokens if mark in text)
 
 
 def _said(error: MmftError) -> str:

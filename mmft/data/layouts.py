@@ -8,7 +8,6 @@ sets of `annotations.py`. `dialects.py`, `pairs.py` and
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ from typing import Any
 from mmft.data.annotations import annotated, looks_annotated
 from mmft.data.media import kind_of_name, read_bytes
 from mmft.data.objects import folder_of, listed, read_object
-from mmft.data.readers import Read, Row, read_rows
+from mmft.data.readers import Read, Row, parse_json, read_rows
 from mmft.data.sample import MediaRef
 from mmft.data.shards import is_shards, read_shards
 from mmft.errors import DataError, MmftError
@@ -138,7 +137,7 @@ def _joined(paths: list[str], folder: Path, root: Path, where: str) -> Row:
             raise DataError(f"'{path}' is longer than {MAX_TEXT_BYTES} bytes", where=where, do="shorten the text")
         try:
             text = read_bytes(ref).decode("utf-8-sig")
-            found = json.loads(text) if path.lower().endswith(".json") else {"text": text.strip()}
+            found = parse_json(text) if path.lower().endswith(".json") else {"text": text.strip()}
         except (ValueError, RecursionError) as error:
             raise DataError(f"'{path}' cannot be read: {error}", where=where, allowed="UTF-8 text, JSON") from error
         if not isinstance(found, dict):

@@ -25,7 +25,7 @@ from mmft.data.dialects import MAX_CHARS, RowContext
 from mmft.data.media import kind_of_name, open_image
 from mmft.data.references import media_reference
 from mmft.data.render import OverLength
-from mmft.data.sample import MediaKind, MediaRef, Sample
+from mmft.data.sample import MediaKind, MediaRef, Sample, says_nothing
 from mmft.data.sounds import open_audio
 from mmft.errors import DataError, MmftError, Problem
 from mmft.seeds import fold, generator
@@ -116,7 +116,7 @@ def _texts(value: Any, what: str, where: str) -> tuple[str, ...]:
         value = parsed if isinstance(parsed, list) else value
     listed = value if isinstance(value, list) else [value]
     for text in listed:
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str) or says_nothing(text):
             kind = "empty" if isinstance(text, str) else "missing" if text is None else f"a {type(text).__name__}"
             raise DataError(f"a {what} is {kind}", where=where, allowed="a text")
         if len(text) > MAX_CHARS:

@@ -27,7 +27,7 @@ from typing import Any
 
 from mmft.data.dialects import RowContext, parse_messages
 from mmft.data.references import media_reference
-from mmft.data.sample import Candidate, MediaRef, Sample
+from mmft.data.sample import Candidate, MediaRef, Sample, says_nothing
 from mmft.data.turns import MAX_CHARS
 from mmft.errors import DataError
 
@@ -244,7 +244,7 @@ def _text(value: Any, name: str, where: str) -> str:
         value = value.get("content", value.get("value"))
     if isinstance(value, list) and all(isinstance(one, dict) and one.get("type") == "text" for one in value):
         value = "".join(str(one.get("text", "")) for one in value)
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or says_nothing(value):
         kind = "empty" if isinstance(value, str) else "missing" if value is None else f"a {type(value).__name__}"
         raise DataError(f"`{name}` is {kind}", where=where, allowed="one answer: a text or one message")
     if PLACEHOLDER in value or len(value) > MAX_CHARS:

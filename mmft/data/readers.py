@@ -49,10 +49,41 @@ def read_rows(path: Path) -> Read:
     return reader(path)
 
 
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!a} is given twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError, also for a key that an object has twice and for half a surrogate
+    pair, and RecursionError."""
+    if text.startswith("\ufeff"):
+        raise ValueError("a byte order mark (BOM) stands before it")
+    value = _DECODER.decode(text)
+    _whole(value, text)
+    return value
+
+
+def _whole(value: Any, text: str) -> None:
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"a text holds half a surrogate pair ({error.object[error.start]!a})") from error
+
+
 def parse_line(line: bytes, where: str) -> Row | DataError:
     """The row of one line of a .jsonl file, or what is wrong with it."""
     try:
-        row = json.loads(line.decode("utf-8").strip())
+        text = line.decode("utf-8").strip()
+        row = parse_json(text)
     except UnicodeDecodeError as error:
         return DataError(f"not UTF-8: byte {error.start} is {line[error.start]:#04x}", where=where)
     except (ValueError, RecursionError) as error:
@@ -97,13 +128,14 @@ def _json(path: Path) -> Read:
             allowed="a JSON list of objects",
             do="name the file .jsonl when it has one object per line",
         )
-    decoder = json.JSONDecoder()
     position, line, counted = _skip(text, position + 1), 1, 0
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
         where = f"{path}:{line}"
         try:
-            row, position = decoder.raw_decode(text, position)
+            start = position
+            row, position = _DECODER.raw_decode(text, position)
+            _whole(row, text[start:position])
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"broken JSON: {getattr(error, 'msg', error)}",
@@ -134,6 +166,9 @@ def _csv(path: Path) -> Read:
         reader = csv.DictReader(stream, strict=True)
         line = 2
         try:
+            names = reader.fieldnames or ()
+            if twice := sorted({name for name in names if list(names).count(name) > 1}):
+                raise DataError(f"the column '{twice[0]}' is given twice", where=f"{path}:1", do="rename one of them")
             for row in reader:
                 where, line = f"{path}:{line}", reader.line_num + 1
                 if None in row or None in row.values():

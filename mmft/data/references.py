@@ -54,7 +54,8 @@ def media_reference(value: Any, root: Path, where: str, kind: MediaKind = "image
             raise DataError(f"the {called}'s base64 text is broken: {error}", where=where) from error
     if isinstance(value, bytes | bytearray):
         if not 0 < len(value) <= MAX_FILE_BYTES:
-            raise DataError(f"the {called} has {len(value)} bytes", where=where, allowed=f"1 to {MAX_FILE_BYTES}")
+            size = f"has {len(value)} bytes" if value else "is empty (0 bytes)"
+            raise DataError(f"the {called} {size}", where=where, allowed=f"1 to {MAX_FILE_BYTES} bytes")
         return MediaRef(kind, data=bytes(value))
     if not isinstance(value, str):
         what = "missing" if value is None else f"a {type(value).__name__}"

@@ -14,6 +14,11 @@ MediaKind = Literal["image", "audio", "video"]
 CellKind = Literal["text", "numeric", "categorical", "label", "image", "audio", "video"]
 
 
+def says_nothing(text: str) -> bool:
+    """Whether a text has no character to be seen: empty, spaces, or such as U+200B."""
+    return not any(one.isprintable() and not one.isspace() for one in text)
+
+
 @dataclass(frozen=True, slots=True)
 class MediaRef:
     """A medium that has not been opened: a path below `root`, or the encoded bytes themselves.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mmft.data.media import MAX_FILE_BYTES, kind_of_name
-from mmft.data.readers import Read, Row
+from mmft.data.readers import Read, Row, parse_json
 from mmft.data.sample import MediaRef
 from mmft.errors import DataError
 
@@ -43,11 +42,24 @@ def read_shards(path: Path) -> Read:
 
 
 def _shard(shard: Path) -> Iterator[tuple[str, Row | DataError]]:
+    if not shard.is_file():  # opening a pipe would wait for ever
+        raise DataError("the shard is not a regular file", where=str(shard), do="name a file, or take it away")
     try:
         with tarfile.open(shard, "r:") as file:
             yield from rows_of_tar(file, shard)
+            check_end(file)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"broken tar file: {error}", where=str(shard), do="write the shard again") from error
+
+
+def check_end(file: tarfile.TarFile) -> None:
+    """Raise ReadError for a shard whose members were all read and that goes on with no block of zeros: it is cut off,
+    and what is missing would not be missed."""
+    stream = file.fileobj
+    assert stream is not None
+    stream.seek(file.offset)  # type: ignore[attr-defined]
+    if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("it ends without an end mark, so it is cut off")
 
 
 def key_of(name: str) -> tuple[str, str]:
@@ -100,7 +112,7 @@ def _member(
     data = stream.read() if stream is not None else b""
     try:
         text = data.decode("utf-8")
-        found = json.loads(text) if ending == "json" else {_TEXTS[ending]: text.strip()}
+        found = parse_json(text) if ending == "json" else {_TEXTS[ending]: text.strip()}
     except (ValueError, RecursionError) as error:
         raise DataError(f"'{member.name}' cannot be read: {error}", where=where, allowed="UTF-8 text, JSON") from error
     if not isinstance(found, dict):

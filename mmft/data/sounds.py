@@ -6,6 +6,7 @@ A truncated, empty, silent or non-finite sound is a `DataError`; nothing is padd
 from __future__ import annotations
 
 import io
+import re
 import struct
 import wave
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ MAX_SECONDS = 600.0
 RATES, MOST_CHANNELS = range(1000, 384_001), 16
 _BLOCK = 1 << 16
 _UNKNOWN = (0, 0xFFFFFFFF)
+_MEMORY = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
 """Sizes that a writer to a pipe, which cannot go back, leaves in a WAV header."""
 
 
@@ -114,9 +116,11 @@ def _soundfile() -> Any:
 
 def _broken(error: Exception, where: str) -> DataError:
     return DataError(
-        f"the sound cannot be read: {error}", where=where, allowed="a whole WAV, FLAC, OGG or MP3 file",
+        f"the sound cannot be read: {_MEMORY.sub(' it', str(error))}",
+        where=where,
+        allowed="a whole WAV, FLAC, OGG or MP3 file",
         do="replace the file or remove the row",
-    )  # fmt: skip
+    )
 
 
 def _decoded(data: bytes, where: str, max_seconds: float) -> tuple[np.ndarray, int]:

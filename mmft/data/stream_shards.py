@@ -21,7 +21,7 @@ import numpy as np
 from mmft.data.media import MAX_FILE_BYTES
 from mmft.data.readers import MAX_LINE_BYTES, Row, parse_line
 from mmft.data.sample import MediaRef, Sample
-from mmft.data.shards import key_of, rows_of_tar
+from mmft.data.shards import check_end, key_of, rows_of_tar
 from mmft.digests import sha256_file
 from mmft.errors import DataError
 
@@ -98,6 +98,7 @@ def _members(path: Path) -> Iterator[int]:
             if not member.isdir() and (here := key_of(member.name)[0]) != key:
                 yield member.offset
                 key = here
+        check_end(file)
 
 
 def _groups(path: Path) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmft.data.references import media_reference
-from mmft.data.sample import MediaKind, Piece, Role, Sample, Turn
+from mmft.data.sample import MediaKind, Piece, Role, Sample, Turn, says_nothing
 from mmft.errors import DataError, choices
 
 MAX_CHARS = 1_000_000
@@ -176,6 +177,8 @@ def answer_texts(value: Any, where: str) -> tuple[str, ...]:
     for answer in value if isinstance(value, list) else [value]:
         if isinstance(answer, dict):  # VQAv2 writes {"answer": ..., "answer_confidence": ...}
             answer = answer.get("answer")
+        if isinstance(answer, float) and not math.isfinite(answer):
+            raise DataError(f"an answer is {answer}", where=where, allowed="a text or a finite number")
         if isinstance(answer, int | float) and not isinstance(answer, bool):
             answer = str(answer)
         if not isinstance(answer, str):
@@ -231,7 +234,7 @@ def check_turns(turns: tuple[Turn, ...], where: str) -> None:
         if turn.role != "user" and medium is not None:
             called = {"image": "picture", "audio": "sound"}.get(medium, medium)
             raise DataError(f"a {called} stands in a {turn.role} turn", where=where, allowed="media in user turns")
-        if turn.role == "assistant" and not text.strip():
+        if turn.role == "assistant" and says_nothing(text):
             raise DataError("an answer is empty", where=where, do="remove the row or write the answer")
         if turn.role == "user" and not turn.pieces:
             raise DataError("a user turn is empty", where=where)
