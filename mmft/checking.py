@@ -14,12 +14,13 @@ from typing import Any
 from mmft.backbones.load import load_processor, meta_backbone
 from mmft.data.causes import CAUSES, cause_of
 from mmft.data.clean import write_clean
-from mmft.data.formats import Loaded, load_samples, source_path
+from mmft.data.formats import Loaded, load_samples, source_name, source_path
 from mmft.data.inspect_rows import Look, Seen, inspect_rows
 from mmft.data.likeness import Likes
 from mmft.data.loader import RowRenderer
 from mmft.data.render import Renderer
 from mmft.data.sample import Sample
+from mmft.data.stream_files import entries_of, entries_root
 from mmft.data.tables import Columns
 from mmft.errors import BackboneError, DataError, RecipeError, choices
 from mmft.files import to_json, write_text
@@ -113,8 +114,9 @@ def _asked(
         recipe = load_recipe(data, overrides)
         renderer, notes = _renderer(recipe)
         look = Look(recipe.data.max_image_pixels, renderer=renderer)
-        sources = [(one, False) for one in recipe.data.train] + [(one, True) for one in recipe.data.eval]
-        return sources, _How(look, kind_of(recipe).formats, recipe), notes
+        train, left = _files(recipe.data.train)
+        sources = [(one, False) for one in train] + [(one, True) for one in recipe.data.eval]
+        return sources, _How(look, kind_of(recipe).formats, recipe), notes + left
     paths = [data] if isinstance(data, str | Path) else list(data)
     sources = [(DataSource(path=str(one)), False) for one in paths]
     sources += [(DataSource(path=str(one)), True) for one in against]
@@ -124,6 +126,25 @@ def _asked(
         return sources, _How(Look(pixels), (), None), ["no model is given: tokens are not counted (--model)"]
     made = Renderer(load_processor(ModelSection(name_or_path=model)), max_length=length, max_image_pixels=pixels)
     return sources, _How(Look(pixels, renderer=made), (), None), []
+
+
+def _files(sources: Sequence[DataSource]) -> tuple[list[DataSource], list[str]]:
+    """The sets with a streamed one as its files, and what is said of files that lie elsewhere."""
+    found: list[DataSource] = []
+    notes = []
+    for source in sources:
+        entries = entries_of(Path(source.path)) if source.streaming else []
+        root = source.media_root or str(entries_root(Path(source.path)))
+        found += [source] if not source.streaming else [
+            source.model_copy(update={"path": one.place, "streaming": False, "media_root": root, "name": None})
+            for one in entries
+            if not one.remote
+        ]  # fmt: skip
+        if far := sum(one.remote for one in entries):
+            notes.append(f"{far} of {len(entries)} files of {source_name(source)} lie elsewhere and are not checked")
+    if not found:
+        raise DataError("all files lie elsewhere", where="data.train", do="fetch some, and check those")
+    return found, notes
 
 
 def _renderer(recipe: Recipe) -> tuple[RowRenderer | None, list[str]]:

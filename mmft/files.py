@@ -316,7 +316,10 @@ def verify_folder(folder: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"{folder.name} has no {MANIFEST}: it is not complete", where=str(folder), do=do)
     try:
-        manifest = json.loads(path.read_bytes())
+        raw = path.read_bytes()
+        if not raw.endswith(b"\n"):
+            raise ValueError("its end is cut off")
+        manifest = json.loads(raw)
         entries: dict[str, dict[str, Any]] = manifest["files"]
         expected = {str(name): _expected(entry) for name, entry in entries.items()}
         stated = str(manifest["digest"])

@@ -77,6 +77,13 @@ def entries_of(path: Path) -> list[Entry]:
     return [Entry(str(one.absolute())) for one in found]
 
 
+def entries_root(path: Path) -> Path:
+    """The folder that media paths in rows are relative to: the set's own, of a pattern the part before its marks."""
+    if path.is_dir():
+        return path
+    return next((one for one in path.parents if "*" not in str(one)), path.parent)
+
+
 def _listed(path: Path) -> list[Entry]:
     shards = read_object(path).get("shardlist")
     if not isinstance(shards, list) or not shards:
@@ -110,7 +117,7 @@ class StreamFiles:
         told = json.dumps([str(path.absolute()), [one.place for one in self.entries]])
         self.folder = cache_root() / "streams" / sha256_bytes(told.encode())[:24]
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.root = path if path.is_dir() else path.parent
+        self.root = entries_root(path)
         self._rows: tuple[int, ...] | None = None
 
     @property
@@ -209,6 +216,8 @@ class StreamFiles:
         """Go through a file, hold it to the list and to what it was before, and write down what was found."""
         entry, before = self.entries[number], self._known(number)
         stamp = _stamp(path) if not entry.remote else [path.stat().st_size]
+        for left in self.folder.glob(f"{self._places(number).name}.*.part"):  # of a process that was killed
+            left.unlink(missing_ok=True)
         found = scan(path, self._places(number))
         given: dict[str, tuple[Any, Any]] = {
             "nsamples": (entry.rows, found.rows),

@@ -17,6 +17,7 @@ from mmft.data.preview import write_preview
 from mmft.data.render import IGNORED, Renderer, Supervise
 from mmft.data.sample import Sample
 from mmft.data.steps import plan_steps
+from mmft.data.streaming import Streamed
 from mmft.engine.memory import estimate_memory
 from mmft.evaluation.answers import PredictionStore
 from mmft.evaluation.generate import generate_answers
@@ -70,10 +71,14 @@ class Chat(Kind):
         """Up to 16 training batches in the order of the seed, on the model's device."""
         rows, device, dtype = len(datasets.train), next(backbone.model.parameters()).device, backbone.model.dtype
         size = min(recipe.train.per_device_train_batch_size, rows)
-        order = epoch_order(rows, seed=recipe.train.seed, epoch=0)[: size * CALIBRATION_BATCHES]
+        most, train, renderer = size * CALIBRATION_BATCHES, datasets.train, chat_renderer(datasets)
+        if isinstance(train, Streamed):
+            chosen = train.near(most, renderer)
+        else:
+            chosen = [train[row] for row in epoch_order(rows, seed=recipe.train.seed, epoch=0)[:most]]
         found = []
-        for start in range(0, len(order) - size + 1, size):
-            rendered = [chat_renderer(datasets).render(datasets.train[row]) for row in order[start : start + size]]
+        for start in range(0, len(chosen) - size + 1, size):
+            rendered = [renderer.render(sample) for sample in chosen[start : start + size]]
             inputs = collate(rendered, pad_token_id=backbone.pad_token_id).inputs
             cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
             found.append({key: value.to(device) for key, value in cast.items()})
@@ -81,7 +86,8 @@ class Chat(Kind):
 
     def proof_rows(self, run: RunFolder, adapted: Adapted, datasets: Datasets) -> list[dict[str, torch.Tensor]]:
         """Real evaluation rows (training rows where there are none), a batch each."""
-        samples = next(iter(datasets.evals.values()), datasets.train)[: run.recipe.export.verify_rows]
+        count, samples = run.recipe.export.verify_rows, next(iter(datasets.evals.values()), datasets.train)
+        samples = samples.near(count, chat_renderer(datasets)) if isinstance(samples, Streamed) else samples[:count]
         dtype = getattr(torch, run.recipe.model.dtype)
         rows = []
         for sample in samples:

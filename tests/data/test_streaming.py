@@ -262,6 +262,19 @@ def test_plan_trace_and_preview_read_a_stream(tmp_path):
     assert (tmp_path / "p.html").stat().st_size > 1000
 
 
+def test_check_opens_the_files_of_a_stream(tmp_path):
+    folder = spoilt(tmp_path / "d", {3: "{broken", 31: "[]"})
+    listed = [{"url": "0.jsonl"}, {"url": "1.jsonl"}, {"url": "far://x/2.jsonl", "nsamples": 20}]
+    (folder / "list.json").write_text(json.dumps({"shardlist": listed}))
+    for name in ("list.json", "*.jsonl"):
+        changes = {"data.train": [{"path": str(folder / name), "streaming": True}], "data.eval": []}
+        found = mmft.check(write_recipe(tmp_path, changes), out=tmp_path / "bad.jsonl", workers=0, quiet=True)
+        assert (found["rows"], found["bad"]) == (40, 2)
+        places = [row["where"].rpartition("/")[2] for row in read_lines(tmp_path / "bad.jsonl")]
+        assert places == ["0.jsonl:4", "1.jsonl:12"]
+        assert any("1 of 3 files" in note for note in found["notes"]) == (name == "list.json")
+
+
 def test_augmented_streams_change_by_epoch(tmp_path):
     loaded = load_recipe(recipe(tmp_path, {"data.augmentation": {"horizontal_flip": 0.5, "crop": 0.5}}))
     found = load_datasets(loaded, tiny_processor("llava"), QUIET).train
