@@ -155,7 +155,7 @@ class Shard:
         group = int(np.searchsorted(self._places, number, side="right")) - 1
         if group not in self._held:
             try:
-                self._held[group] = pq.ParquetFile(self._file).read_row_group(group)
+                self._held[group] = pq.ParquetFile(self._file).read_row_group(group, use_threads=False)
             except pa.ArrowException as error:
                 raise OSError(str(error)) from error
             while len(self._held) > 1 and sum(table.nbytes for table in self._held.values()) > HELD_BYTES:

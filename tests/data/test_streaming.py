@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import mmft
+from mmft.data.collate import collate
 from mmft.data.convert import write_samples
 from mmft.data.formats import load_samples
 from mmft.data.loader import batches
@@ -24,8 +26,9 @@ from mmft.data.streaming import Streamed, open_streams
 from mmft.errors import DataError
 from mmft.journal import Journal
 from mmft.recipe.load import load_recipe
-from mmft.recipe.schema import DataSource
+from mmft.recipe.schema import DataSection, DataSource
 from mmft.stages import load_datasets
+from tests.data.test_stream_files import written
 from tests.runs import (
     TRAIN_ONLY,
     adapter_sha,
@@ -218,6 +221,26 @@ def test_bad_rows_stop_the_run_or_are_left_out_the_same_everywhere(tmp_path):
     halves = [StreamPlan(len(stream), 2, 2, 2, 0, sets=stream.sets, draws=stream.draws) for _ in range(2)]
     ranks = [seen(stream, renderer, one, rank=rank) for rank, one in enumerate(halves)]
     assert [[*one, *two] for one, two in zip(*ranks, strict=True)] == whole
+
+
+@pytest.mark.parametrize("form", ["jsonl", "webdataset", "parquet"])
+def test_every_kind_of_file_gives_the_rows_of_the_plain_reader(tmp_path, form):
+    """Their pixels too, for this process and for two workers, which read the same opened files."""
+    paths = written(tmp_path, form)
+    place = paths[0] if len(paths) == 1 else tmp_path / "*.tar"
+    section = DataSection(train=(DataSource(path=str(place), streaming=True, name="x"),))
+    stream = open_streams(section, [], wanted=("messages",), journal=QUIET)
+    plain = [one for path in paths for one in load_samples(DataSource(path=str(path), name="x"), seed=0).samples]
+    assert stream.near(3)[0].id == plain[0].id  # the parent has read from the files before the workers do
+    renderer = Renderer(tiny_processor("llava"), max_length=512)
+    plan = StreamPlan(20, 4, 1, 1, 0, sets=stream.sets, draws=stream.draws)
+    for workers in (0, 2):
+        how = {"start_step": 0, "stop_step": 5, "rank": 0, "workers": workers, "pad_token_id": 0}
+        for step, (micro,) in enumerate(batches(stream, renderer, plan, **how)):
+            rows = [plain[row] for row, _ in plan.step_rows(step)]
+            wanted = collate([renderer.render(row) for row in rows], pad_token_id=0)
+            assert micro.ids == wanted.ids and micro.counted == wanted.counted
+            assert all(torch.equal(micro.inputs[name], wanted.inputs[name]) for name in wanted.inputs)
 
 
 def test_a_forward_of_bad_rows_alone_learns_nothing(tmp_path):
