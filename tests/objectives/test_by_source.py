@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from mmft.data.order import StepPlan
+from mmft.data.packing import pack
 from mmft.evaluation.by_source import source_curves, source_table
 from mmft.evaluation.report import write_report
 from mmft.fast import head
@@ -49,6 +50,20 @@ def test_parts_are_the_losses_of_the_rows_alone(way):
             loss = packs.plain(single).objective.loss(model.model, one)
             total, count = total + float(loss.sum.detach()), count + loss.count
         assert parts[name] == pytest.approx(total, rel=1e-5) and terms[name] == count
+
+
+def test_a_line_of_shared_pictures_counts_in_the_order_of_its_pieces():
+    model = packs.adapted("llava")
+    one, two, *_ = packs.samples(3, bare=False)
+    again = replace(one, turns=two.turns)  # the first picture, another question
+    rows = [replace(row, source=name) for row, name in ((one, "a"), (two, "b"), (again, "c"))]
+    renderer = packs.setting(model, rows, StepPlan(rows=3, micro_batch=3, micro_per_step=1)).renderer
+    rendered = [renderer.render(row) for row in rows]
+    line = pack(rendered, shown=[0, 1, 0], media_ids=renderer.media_ids)
+    counts = {row.source: int((row.labels[1:] != -100).sum()) for row in rendered}
+    told = [(name, count) for name, count in line.counted if count]
+    assert told == [(name, counts[name]) for name in ("a", "c", "b")] and len(line.counted) == 4
+    assert line.supervised == sum(counts.values())
 
 
 def test_steps_tell_every_set_and_the_report_shows_them(tmp_path):
