@@ -317,8 +317,6 @@ def verify_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder.name} has no {MANIFEST}: it is not complete", where=str(folder), do=do)
     try:
         raw = path.read_bytes()
-        if not raw.endswith(b"\n"):
-            raise ValueError("its end is cut off")
         manifest = json.loads(raw)
         entries: dict[str, dict[str, Any]] = manifest["files"]
         expected = {str(name): _expected(entry) for name, entry in entries.items()}
@@ -331,6 +329,8 @@ def verify_folder(folder: Path) -> None:
         problems.append(
             Problem(f"{MANIFEST} is damaged: expected sha256 {stated}, actual {actual}", str(path), None, do)
         )
+    elif not raw.endswith(b"\n"):
+        problems.append(Problem(f"{MANIFEST} is damaged: its end is cut off", str(path), None, do))
     files = _listing(folder)
     for name in sorted(expected.keys() | files.keys()):
         where = str(folder / name)

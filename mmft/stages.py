@@ -292,8 +292,6 @@ def train_stage(
     demand(recipe, fast)
     give_back()
     run.journal.table("fast path", ["optimisation", "", "reason", "saves"], fast.table())
-    stream = datasets.train if isinstance(datasets.train, Streamed) else None
-    names = sorted(set(stream.names if stream is not None else (one.source for one in datasets.train)))
     job = TrainJob(
         adapted=work.adapted,
         objective=work.objective,
@@ -306,7 +304,7 @@ def train_stage(
         section=recipe.train,
         folder=run.path,
         prepare=work.prepare,
-        sources=tuple(names) if len(names) > 1 else (),
+        sources=_sources(datasets.train),
         identity=identity(recipe, adapted.backbone, datasets, plan)
         | ({"fast": fast.digest} if fast.digest else {})
         | ({"objective": source_digest(factory)} if factory else {})
@@ -328,6 +326,13 @@ def train_stage(
         run.journal.warn(text)
         raise Interrupted(number, text)
     return state
+
+
+def _sources(samples: Sequence[Sample]) -> tuple[str, ...]:
+    """The training sets whose losses are told apart; () where there is one."""
+    names = samples.names if isinstance(samples, Streamed) else (one.source for one in samples)
+    found = sorted(set(names))
+    return tuple(found) if len(found) > 1 else ()
 
 
 def _objective(recipe: Recipe, adapted: Adapted, datasets: Datasets, factory: ObjectiveFactory | None) -> Objective:

@@ -307,7 +307,12 @@ def _line(
         tokens=sum(len(row.input_ids) for row in rows),
         padding=spare,
         pictures=tuple(found for row in media_rows if (found := rows[row].pictures) is not None),
-        counted=tuple((rows[row].source, int((labels[row][part] != IGNORED).sum())) for row, part in pieces),
+        counted=tuple(
+            (rows[row].source, int((own != IGNORED).sum()))
+            for (row, _), own in zip(
+                pieces, targets[0].split([part.stop - part.start for _, part in pieces]), strict=True
+            )
+        ),
     )
 
 

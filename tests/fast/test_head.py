@@ -71,7 +71,7 @@ def test_softmax_is_taken_in_float32(scale):
     """Of products in bfloat16: the loss is that of these logits, to float32's own rounding."""
     head, hidden, targets = LinearHead(torch.randn(50, 8) * 2, scale=scale), torch.randn(20, 8), torch.arange(20)
     logits = F.linear(hidden.bfloat16(), head.weight.bfloat16()).float() * scale
-    total, _ = linear_cross_entropy(hidden, targets, head, dtype=torch.bfloat16)
+    total, _, _ = linear_cross_entropy(hidden, targets, head, dtype=torch.bfloat16)
     assert total.dtype == torch.float32
     torch.testing.assert_close(total, F.cross_entropy(logits, targets, reduction="sum"), rtol=1e-6, atol=1e-6)
 
