@@ -19,7 +19,7 @@ FORWARD: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
         "head_in_forward",
         "fast/linear_loss.py",
         (
-            ("smoothing is added to the whole loss", "(1.0 - smoothing) * chosen.sum()", "chosen.sum()", _HEAD),
+            ("smoothing is added to the whole loss", "(smoothing - 1.0) * chosen[:, 0]", "-chosen[:, 0]", _HEAD),
             ("the gradient knows no smoothing", "logits -= smoothing / len(weight)", "pass", _HEAD),
             (
                 "no slope of the soft cap",
