@@ -275,14 +275,13 @@ def train_stage(
         accelerator.init_trackers(recipe.name)  # below train.output_dir, so in the run folder; rank 0 only
     writer = MetricsWriter(run.journal, accelerator, every=recipe.train.logging_steps)
     held = next(iter(datasets.evals.values()), [])
-    world, custom = accelerator.num_processes, factory is not None
     setting = Setting(
         recipe,
         adapted,
         datasets.renderer,
         datasets.train,
-        world,
-        custom=custom,
+        accelerator.num_processes,
+        custom=factory is not None,
         steps=plan,
         evals=held,
         sharded=is_sharded(adapted.model),

@@ -104,7 +104,7 @@ MUTANTS = (
     (
         "F18",
         "mmft/data/audit.py",
-        "media = [media_digest(ref) for ref in sample.media]",
+        "media = [content(ref) for ref in sample.media]",
         "media = [ref.path for ref in sample.media]",
     ),
 )
