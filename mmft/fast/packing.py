@@ -39,7 +39,7 @@ from mmft.data.render import IGNORED, Rendered, Renderer
 from mmft.errors import RecipeError
 from mmft.fast import packed_attention
 from mmft.fast.plan import Candidate, FastPlan, NotHere, Setting, Work
-from mmft.objectives.build import output_head
+from mmft.objectives.build import output_head, virtual_tokens
 from mmft.objectives.sft import head_on_rows
 from mmft.recipe.methods import METHODS
 from mmft.recipe.schema import Recipe
@@ -291,7 +291,8 @@ def scores(adapted: Adapted, batch: Batch, rows: Sequence[Rendered]) -> list[Ten
     inputs = {key: value.to(model.dtype) if value.is_floating_point() else value for key, value in batch.inputs.items()}
     batch = replace(batch, inputs=inputs).to(device)
     targets = F.pad(batch.labels[:, 1:] != IGNORED, (0, 1), value=False)
-    with head_on_rows(output_head(adapted.model, where="train.packing"), targets):
+    head, ahead = output_head(adapted.model, where="train.packing"), virtual_tokens(adapted.model)
+    with head_on_rows(head, targets, ahead=ahead):
         logits = adapted.model(**batch.inputs, use_cache=False).logits
     counts = [int((row.labels[1:] != IGNORED).sum()) for row in rows]
     flat = logits.reshape(-1, logits.shape[-1])

@@ -245,6 +245,19 @@ def test_cross_attention_is_sorted_by_length():
     work.release()
 
 
+def test_behind_virtual_tokens_rows_are_sorted_by_length():
+    model = adapted("llava", method="prompt", num_virtual_tokens=3)
+    here = setting(model, samples(0), STEPS)
+    section = here.recipe.adapter.model_copy(update={"method": "prompt"})
+    here = replace(here, recipe=here.recipe.model_copy(update={"adapter": section}))
+    wanted = take(here, plain(here))
+    plan, work = put_in(here)
+    assert plan.rows[0].on and "virtual tokens" in plan.rows[0].reason
+    found = take(here, work)
+    assert found.loss == pytest.approx(wanted.loss, rel=EXACT) and apart(found.gradient, wanted.gradient) < EXACT
+    work.release()
+
+
 def test_rows_that_change_with_their_company_stay_where_they_are():
     """A row of mllama with one picture sees other zeros beside one with two."""
     here = setting(adapted("mllama"), samples(0), STEPS)
