@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mmft.adapters.build import Adapted, build_adapters
 from mmft.backbones.load import Backbone, load_processor, meta_backbone, meta_model
@@ -17,6 +18,7 @@ from mmft.data.formats import load_all, source_name
 from mmft.data.loader import RowRenderer
 from mmft.data.sample import Sample
 from mmft.data.steps import plan_steps
+from mmft.engine.step_memory import held as held_now
 from mmft.errors import BackboneError
 from mmft.fast.known import fast_plan
 from mmft.fast.plan import Setting
@@ -69,7 +71,7 @@ def make_plan(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] =
         "targets": adapted.table(),
         "fast": fast_plan(Setting(loaded, adapted, renderer, samples, steps=steps)).table(),
         "data": {"train": len(samples), **evals},
-        "tokens": {kind: _percentiles(values) for kind, values in (lengths or {}).items()},
+        "tokens": {kind: _percentiles(values) for kind, values in (lengths or {}).items() if kind != "pixels"},
         "steps": {"total": total, "rows_per_step": steps.rows_per_step, "epochs": steps.epoch_at(total)},
         "memory": memory,
         "notes": notes + more,
@@ -134,8 +136,10 @@ def _weight_bytes(recipe: Recipe, backbone: Backbone) -> int:
 def _memory(
     recipe: Recipe, backbone: Backbone, *, weights: int, trainable: int, lengths: dict[str, list[int]] | None
 ) -> tuple[dict[str, int], list[str]]:
-    """Bytes by owner, and a note where the kind of run cannot tell its activations."""
-    held = {"weights": weights, "trainable": trainable * 8, "optimizer": trainable * 8}
+    """Bytes by owner, and a note where the kind of run cannot tell its activations. `process`: interpreter and imports,
+    which are this process's own."""
+    own = 0 if torch.cuda.is_available() else held_now()
+    held = {"process": own, "weights": weights, "trainable": trainable * 8, "optimizer": trainable * 8}
     step = kind_of(recipe).memory(recipe, backbone, trainable=trainable, lengths=lengths)
     notes = [] if step else ["activations are not estimated for this kind of run"]
     found = held | (step or {"activations": 0, "logits": 0})

@@ -32,11 +32,13 @@ from mmft.data.sample import Sample
 from mmft.data.steps import plan_steps
 from mmft.data.stream_files import Fetch
 from mmft.data.streaming import Streamed, open_streams
+from mmft.engine.budget import with_memory
 from mmft.engine.callbacks import Callback, MetricsWriter, Progress
 from mmft.engine.guards import Interrupted
 from mmft.engine.loop import Engine, TrainJob
 from mmft.engine.sharding import is_sharded, refuse_launcher
 from mmft.engine.state import TrainState
+from mmft.engine.step_memory import Peak
 from mmft.errors import DataError, Problem, RecipeError, choices
 from mmft.fast.kernel_caches import give_back
 from mmft.fast.known import fast_plan, install
@@ -309,22 +311,30 @@ def train_stage(
         | ({"objective": source_digest(factory)} if factory else {})
         | {f"reward {name}": source_digest(reward) for name, reward in datasets.rewards.items()},
     )
+    job, memory = with_memory(job, run.journal, accelerator, fast=fast.on("lora_fused"))
     watchers = kind_of(recipe).watchers(run, adapted, datasets)
     callbacks = [Progress(run.journal), *watchers, writer, *extra]
     engine = Engine(job, accelerator=accelerator, journal=run.journal, callbacks=callbacks)
     begin = time.monotonic()
     try:
-        state = engine.fit(resume=resume)
+        with Peak() as peak:
+            state = engine.fit(resume=resume)
     finally:
         work.release()
     if accelerator.is_main_process:
         _write_facts(run, adapted, state, seconds=time.monotonic() - begin, rows=len(datasets.train), plan=plan)
+        if memory is not None:
+            write_json(run.facts, read_json(run.facts) | {"memory": memory.to_json() | {"peak": peak.bytes}})
+    _raise_signal(run, state)
+    return state
+
+
+def _raise_signal(run: RunFolder, state: TrainState) -> None:
     if (state.stopped or "").startswith("signal"):
         number = int((state.stopped or "signal 15").split()[1])
         text = f"stopped by signal {number} after step {state.step}; go on with --resume"
         run.journal.warn(text)
         raise Interrupted(number, text)
-    return state
 
 
 def _sources(samples: Sequence[Sample]) -> tuple[str, ...]:

@@ -111,16 +111,16 @@ FIELDS = {
     "objective: ppo": "rewards num_generations temperature kl_coef clip num_iterations gae_lambda value_coef",
     "train": "output_dir seed per_device_train_batch_size gradient_accumulation_steps effective_batch_size"
     " num_train_epochs max_steps learning_rate lr_scheduler_type warmup_ratio weight_decay adam_beta1 adam_beta2"
-    " adam_epsilon max_grad_norm skip_nonfinite_steps bf16 gradient_checkpointing logging_steps eval_steps save_steps"
-    " save_total_limit early_stopping_patience load_best_model_at_end fast packing train_sampling_strategy"
-    " dataloader_num_workers ddp_timeout report_to",
+    " adam_epsilon max_grad_norm skip_nonfinite_steps bf16 gradient_checkpointing memory_budget logging_steps"
+    " eval_steps save_steps save_total_limit early_stopping_patience load_best_model_at_end fast packing"
+    " train_sampling_strategy dataloader_num_workers ddp_timeout report_to",
     "evaluate": "models metrics per_device_eval_batch_size max_new_tokens num_beams top_p temperature group_by"
     " class_tag templates bootstrap_samples",
     "export": "merge merge_onto dtype max_shard_size interpolate verify_rows",
 }
 """Every knob of a recipe. A new one is added here on purpose, with a test of what it does."""
 
-MOST_FIELDS = 106
+MOST_FIELDS = 107  # memory_budget: how many layers are recomputed follows from it
 """What the recipe of one objective can hold; fields of other objectives are refused there, so nobody meets them all."""
 LONGEST_FILE, LONGEST_FUNCTION, MOST_POSITIONAL = 400, 70, 6
 ALLOWED_LOAD = ("mmft/backbones/shipped.py", "_tower_weights")

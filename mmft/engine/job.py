@@ -19,7 +19,8 @@ from mmft.recipe.schema import TrainSection
 @dataclass(frozen=True)
 class TrainJob:
     """All that the loop is given. `identity` names what a resumed run must have in common with this one; `prepare` is
-    what a batch on the device goes through last; `sources` name the data sets whose losses are told apart."""
+    what a batch on the device goes through last; `sources` name the data sets whose losses are told apart; `recomputed`
+    language layers are computed again in the backward pass, where the section does not ask for all."""
 
     adapted: Adapted
     objective: Objective
@@ -34,6 +35,7 @@ class TrainJob:
     identity: dict[str, Any]
     prepare: Callable[[Batch], Batch] = lambda batch: batch
     sources: tuple[str, ...] = ()
+    recomputed: int = 0
 
     @property
     def checkpoints(self) -> Path:

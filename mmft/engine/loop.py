@@ -65,7 +65,8 @@ class Engine:
         self.state = TrainState()
         # Rows that make their batches themselves need no padding token, and their model may have none.
         self.pad = 0 if hasattr(job.renderer, "assemble") else job.adapted.backbone.pad_token_id
-        self.recomputed = checkpoint_layers(job.adapted) if job.section.gradient_checkpointing else []
+        count = None if job.section.gradient_checkpointing else job.recomputed
+        self.recomputed = checkpoint_layers(job.adapted, count)
         self._training_mode()
         # accelerate gives processes and devices; precision, clipping and the sum over ranks are stated here.
         self.ranks = Ranks(accelerator, lockstep=is_sharded(job.adapted.model))

@@ -13,8 +13,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mmft.adapters.build import Adapted
 
 
-def checkpoint_layers(adapted: Adapted) -> list[nn.Module]:
-    """Recompute each language layer in the backward pass (one extra forward of them); returns the layers.
+def checkpoint_layers(adapted: Adapted, count: int | None = None) -> list[nn.Module]:
+    """Recompute language layers in the backward pass (one extra forward of them): the first `count` that gradients
+    pass, all by default; returns them. The first, since their turn comes when the later layers' activations are gone.
 
     A layer recomputes while its own `training` flag is set; its submodules keep theirs.
 
@@ -23,15 +24,32 @@ def checkpoint_layers(adapted: Adapted) -> list[nn.Module]:
     """
     base = adapted.backbone.model
     layers: list[nn.Module] = []
-    for name, layer in base.named_modules():
-        if not isinstance(layer, GradientCheckpointingLayer):
-            continue
+    able = {id(layer) for layer in recomputable(adapted)[:count]}
+    for _, layer in base.named_modules():
         module: Any = layer
-        if adapted.backbone.parts.part_of(name) in ("language", "cross_attention"):
+        if id(module) in able:
             module.gradient_checkpointing = True
             module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
             layers.append(module)
     return layers
+
+
+def recomputable(adapted: Adapted) -> list[nn.Module]:
+    """The language model's layers, in order, without the first ones that no gradient passes: those keep nothing for
+    the backward pass, so there is nothing to save by computing them again."""
+    base = adapted.backbone.model
+    layers: list[nn.Module] = [
+        layer
+        for name, layer in base.named_modules()
+        if isinstance(layer, GradientCheckpointingLayer)
+        and adapted.backbone.parts.part_of(name) in ("language", "cross_attention")
+    ]
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    known = {id(param) for layer in (*layers, *([head] if head is not None else [])) for param in layer.parameters()}
+    if any(param.requires_grad and id(param) not in known for param in adapted.model.parameters()):
+        return layers
+    trained = [any(param.requires_grad for param in layer.parameters()) for layer in layers]
+    return layers[trained.index(True) :] if True in trained else layers
 
 
 @dataclass(frozen=True)

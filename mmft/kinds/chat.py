@@ -14,11 +14,11 @@ from mmft.data.collate import collate
 from mmft.data.loader import RowRenderer
 from mmft.data.order import epoch_order
 from mmft.data.preview import write_preview
-from mmft.data.render import IGNORED, Renderer, Supervise
+from mmft.data.render import IGNORED, Rendered, Renderer, Supervise
 from mmft.data.sample import Sample
 from mmft.data.steps import plan_steps
 from mmft.data.streaming import Streamed
-from mmft.engine.memory import estimate_memory
+from mmft.engine.step_memory import StepSizes, patches_of, step_memory
 from mmft.evaluation.answers import PredictionStore
 from mmft.evaluation.generate import generate_answers
 from mmft.evaluation.sampling import sampling_of
@@ -120,39 +120,52 @@ class Chat(Kind):
         )
 
     def measure(self, renderer: RowRenderer, samples: Sequence[Sample]) -> dict[str, list[int]]:
-        """Tokens, those of pictures and the supervised ones of rendered rows."""
+        """Tokens, those of pictures and the supervised ones of rendered rows; `pixels`: values that go to the tower."""
         assert isinstance(renderer, Renderer)
         rows = [renderer.render(sample) for sample in samples]
         return {
             "all": [len(row.input_ids) for row in rows],
             "image": [row.media_tokens for row in rows],
             "supervised": [int((row.labels[1:] != IGNORED).sum()) for row in rows],
+            "pixels": [_pixels(row) for row in rows],
         }
 
     def memory(
         self, recipe: Recipe, backbone: Backbone, *, trainable: int, lengths: Mapping[str, Sequence[int]] | None
     ) -> dict[str, int] | None:
         """Activations of the language model and logits, at the longest row measured (512 tokens where none was)."""
-        text = backbone.model.config.get_text_config()
-        micro = recipe.train.per_device_train_batch_size
-        estimate = estimate_memory(
-            weight_bytes=0,
-            trainable_parameters=trainable,
-            tokens=micro * (max(lengths["all"]) if lengths else 512),
-            supervised=micro * (max(lengths["supervised"]) if lengths else 64),
-            hidden=text.hidden_size,
-            intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
-            layers=text.num_hidden_layers,
-            vocabulary=text.vocab_size,
-            checkpointing=recipe.train.gradient_checkpointing,
+        micro, config = recipe.train.per_device_train_batch_size, backbone.model.config
+        found = lengths or {"all": [512], "supervised": [64]}
+        pixels = found.get("pixels", [0] * len(found["all"]))
+        groups = [
+            StepSizes(
+                tuple((list(found["all"][at : at + micro]) * micro)[:micro]),
+                sum((list(found["supervised"][at : at + micro]) * micro)[:micro]),
+                patches_of(config, sum((list(pixels[at : at + micro]) * micro)[:micro])),
+            )
+            for at in range(0, len(found["all"]), micro)
+        ]
+        layers = config.get_text_config().num_hidden_layers
+        step = step_memory(
+            config,
+            max(groups, key=lambda sizes: sum(sizes.rows)),
+            fast=recipe.train.fast is True and recipe.adapter.method == "lora",
+            recomputed=layers if recipe.train.gradient_checkpointing else 0,
+            towers="vision" in {target.split(".")[0] for target in recipe.adapter.targets},
         )
-        return {"activations": int(estimate.activations), "logits": int(estimate.logits)}
+        return {"activations": step.activations, "logits": step.logits, "vision": step.vision}
 
     def preview(self, recipe: Recipe, processor: Any, samples: Sequence[Sample], path: Path, *, rows: int) -> None:
         """Rows with the trained tokens coloured, and the packs of the first step."""
         renderer = make_renderer(recipe, processor)
         lines = step_lines(recipe, renderer, samples, plan_steps(recipe, samples, 1)[0])
         write_preview(samples, renderer, processor, path, rows=rows, lines=[told(line) for line in lines])
+
+
+def _pixels(row: Rendered) -> int:
+    """Pixel values of a row, in it or beside it."""
+    given = [row.media, *([row.pictures.inputs] if row.pictures is not None else [])]
+    return sum(value.numel() for one in given for name, value in one.items() if name.startswith("pixel_values"))
 
 
 def _answer_all(

@@ -113,6 +113,21 @@ ADAPTER_RULES: tuple[Rule, ...] = (
         "write model.dtype: float32, or choose another method",
     ),
     Rule(
+        "train.memory_budget",
+        ("train.memory_budget", "train.gradient_checkpointing"),
+        lambda r: r.train.memory_budget is not None and r.train.gradient_checkpointing,
+        "train.memory_budget says how many layers to recompute, but train.gradient_checkpointing: true recomputes all",
+        "leave out one of the two",
+    ),
+    Rule(
+        "train.memory_budget",
+        ("train.memory_budget", "objective.name", "adapter.method"),
+        lambda r: r.train.memory_budget is not None and (r.objective.name != "sft" or r.adapter.method == "prefix"),
+        "train.memory_budget is only known for answers (objective sft) and methods whose layers can be recomputed; this"
+        " is {objective.name} with {adapter.method}",
+        "leave it out, or set train.gradient_checkpointing",
+    ),
+    Rule(
         "train.gradient_checkpointing",
         ("adapter.method", "train.gradient_checkpointing"),
         lambda r: r.train.gradient_checkpointing and r.adapter.method == "prefix",

@@ -274,6 +274,9 @@ class TrainSection(Section):
     """Products in bfloat16 (autocast)."""
     gradient_checkpointing: bool = False
     """Recompute the language layers' activations in the backward pass."""
+    memory_budget: Rate | None = None
+    """GB that training may hold (device memory; on a CPU what no file backs, imports included): as few language layers
+    as fit are recomputed, by an estimate and a probe step on the largest forward of real rows (`sft`)."""
     logging_steps: Positive = 10
     """Steps between two lines of metrics."""
     eval_steps: Count = 0

@@ -42,6 +42,14 @@ CASES = [
         "train.gradient_checkpointing: true, but a prefix lives in the key-value cache",
     ),
     (
+        "memory_budget: 2\ngradient_checkpointing: true\n",
+        "train.memory_budget says how many layers to recompute, but train.gradient_checkpointing: true recomputes all",
+    ),
+    (
+        "adapter: prefix\nmerge: false\nmodels: [base, adapter]\nmemory_budget: 2\n",
+        "train.memory_budget is only known for answers (objective sft)",
+    ),
+    (
         Q4 + "adapter: ia3\n",
         "model.dtype: bfloat16, but peft's ia3 gives float32 out of these quantized layers",
     ),
