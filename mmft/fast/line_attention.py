@@ -152,8 +152,9 @@ class _Line(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        saved, (query, key, value) = iter(ctx.saved_tensors), ctx.shapes
-        kind = ctx.saved_tensors[0].dtype
+        tensors = ctx.saved_tensors  # read once: a recomputed layer gives them out once
+        saved, (query, key, value) = iter(tensors), ctx.shapes
+        kind = tensors[0].dtype
         to_query = gradient.new_empty((query[2], query[1], query[3]), dtype=kind)
         to_key, to_value = (gradient.new_zeros(shape[1:], dtype=_exact(kind)) for shape in (key, value))
         given = gradient[0].to(kind).transpose(0, 1)
