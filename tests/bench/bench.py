@@ -104,7 +104,10 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, list[dict[str,
         order = list(arms) if turn % 2 == 0 else list(reversed(arms))
         for name in order:
             cold = folder / "cold"
-            figures = run_arm({**shared, **arms[name]}, warm if name == "warm" else cold)
+            told = {**shared, **arms[name]}
+            if given.peer_steps and told["arm"] != "mmft":
+                told["steps"] = min(given.steps, given.peer_steps)
+            figures = run_arm(told, warm if name == "warm" else cold)
             shutil.rmtree(cold, ignore_errors=True)
             found[name].append(figures)
             sys.stderr.write(f"round {turn + 1} {name}: {figures['samples_per_second']:.2f} samples/s\n")
@@ -159,6 +162,7 @@ def main() -> None:
     parser.add_argument("--workload", choices=tuple(PIXELS), default="llava")
     parser.add_argument("--data", choices=tuple(LENGTHS), default="vqa")
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps of an arm, warm-up included")
+    parser.add_argument("--peer-steps", type=int, help="steps of hf and trl, whose speed is that of any step")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over the rows in those steps")
     parser.add_argument("--rounds", type=int, default=3)
