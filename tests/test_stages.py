@@ -105,7 +105,8 @@ def test_a_template_without_an_end_token_is_warned_about(tmp_path, monkeypatch, 
         return Audit(len(rows), 0, {}, len(rows), {}, (), unstopped, "")
 
     monkeypatch.setattr(stages, "audit", audit)
-    stages._warn_unstopped(samples(100), renderer("error", set()), Journal(tmp_path, quiet=True))
+    some = stages.spaced(samples(100), stages.SAMPLED_ROWS, renderer("error", set()))
+    stages._warn_unstopped(some, renderer("error", set()), Journal(tmp_path, quiet=True))
     assert seen == [stages.SAMPLED_ROWS]
     warnings = [event["text"] for event in events(tmp_path)]
     assert len(warnings) == said
