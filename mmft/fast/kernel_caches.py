@@ -3,7 +3,7 @@
 For every shape a product is made by oneDNN once and kept twice: its description by torch's ideep (0.3 MB, the last
 1,024) and its code by oneDNN (0.3 MB, the last 1,024). A step has some 40 shapes, others for every length of its rows,
 so that a run of rows of unlike lengths grows by 20 MB a step up to 0.6 GB, and its blocks lie between the activations
-where the heap cannot close up again. Kept here: `DESCRIPTIONS` and `PRODUCTS`, enough for the shapes of some steps. Price:
+where the heap cannot close up again. Kept here: `DESCRIPTIONS` and `PRODUCTS`, enough for some steps. Price:
 0.6 ms for a product of a length that a longer memory would still have had; the numbers are the same products'.
 
 Both are read from the environment at the first product of the process; what a user set stays. malloc's pages that the

@@ -30,7 +30,7 @@ ROWS: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
             ),
             (
                 "no bound",
-                "PRODUCTS, DESCRIPTIONS = 64, 8",
+                "PRODUCTS, DESCRIPTIONS = 128, 8",
                 "PRODUCTS, DESCRIPTIONS = 1024, 1024",
                 f"{_CACHES}::test_products_of_many_lengths_are_not_all_kept",
             ),
