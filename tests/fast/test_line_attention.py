@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mmft.fast.line_attention import Group, groups_of, line_attention
 
@@ -68,3 +69,19 @@ def test_under_autocast_it_computes_in_that_type():
     rows = [torch.randn(1, heads, 7, 16) for heads in (4, 2, 2)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert line_attention(*rows, groups_of(((0, 7, 0, 0),)), scale=0.25).dtype == torch.bfloat16
+
+
+def test_its_layer_can_be_recomputed():
+    table, source = LINES["rests of a beginning"], torch.Generator().manual_seed(2)
+    wide = [torch.randn((1, heads, 66, 8), generator=source).requires_grad_() for heads in (4, 2, 2)]
+
+    def attend(*inputs: torch.Tensor) -> torch.Tensor:
+        return line_attention(*inputs, groups_of(tuple(table)), scale=0.3)
+
+    again = checkpoint(attend, *wide, use_reentrant=False)
+    for ours, theirs in zip(
+        torch.autograd.grad(again.square().sum(), wide),
+        torch.autograd.grad(attend(*wide).square().sum(), wide),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
