@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmft.backbones.load import load_processor, meta_backbone
-from mmft.data.causes import CAUSES, cause_of
+from mmft.data.causes import CAUSES, cause_of, remedies
 from mmft.data.clean import write_clean
 from mmft.data.formats import Loaded, load_samples, source_name, source_path
 from mmft.data.inspect_rows import Look, Seen, inspect_rows
@@ -92,6 +92,12 @@ def check(
         "sets": [_told(one, rows) for one in sets],
         "causes": _by_cause(rows),
         "bad_rows": str(out) if rows else None,
+        "do": remedies(
+            {cause for row in rows if not row["evaluation"] for cause in row["causes"]},
+            held_out=any(row["evaluation"] for row in rows),
+            fixed=fix is not None,
+            recipe=how.recipe is not None,
+        ),
         "fixed": _fixed(sets, rows, Path(fix)) if fix is not None else [],
         "notes": notes,
         "seconds": round(time.monotonic() - begin, 2),

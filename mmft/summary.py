@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmft.errors import Problem
+
 
 def grid(columns: list[str], rows: list[list[str]]) -> list[str]:
     """Aligned columns; numbers to the right."""
@@ -231,4 +233,6 @@ def check_text(values: dict[str, Any]) -> str:
         lines.append(f"every bad row with its reasons: {values['bad_rows']}")
     for one in values["fixed"]:
         lines.append(f"{one['rows']} good rows: {one['file']} (media_root: {one['media_root']})")
+    if values["do"]:
+        lines += Problem("", do=values["do"]).lines()[1:]
     return "\n".join([*lines, *values["notes"]])

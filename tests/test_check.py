@@ -12,7 +12,7 @@ import sys
 import pytest
 
 import mmft
-from mmft.data.causes import CAUSES, cause_of
+from mmft.data.causes import CAUSES, MADE_PLAIN, cause_of, remedies
 from mmft.data.formats import load_samples
 from mmft.data.inspect_rows import Look, inspect_rows
 from mmft.data.likeness import Likes, likeness
@@ -47,7 +47,8 @@ def test_exactly_the_spoilt_rows_are_found(made, workers, tmp_path, monkeypatch)
     )
     os.replace(tmp_path / "clean.jsonl", folder / "clean.jsonl")
     again = mmft.check([folder / "clean.jsonl"], model="small", out=tmp_path / "none", **options)
-    assert again["bad"] == 0 and not (tmp_path / "none").exists()
+    assert again["bad"] == 0 and not again["do"] and found["do"].startswith("train on the files above; ")
+    assert not (tmp_path / "none").exists()
     (folder / "clean.jsonl").unlink()
 
 
@@ -58,9 +59,23 @@ def test_the_command_prints_a_table_and_has_an_exit_code(made, tmp_path):
     assert done.returncode == 3, done.stderr
     assert re.search(r"json +2 +train.jsonl:", done.stdout), done.stdout
     assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 36  # no model: no lengths; no evaluation set
+    told = done.stdout.splitlines()[-2]  # before the note that tokens are not counted
+    assert told.startswith("  do      mend the rows, or --fix OUT writes") and "--allow animated" in told, done.stdout
+    assert "data.max_length" not in told and "max_bad_fraction" not in told  # fields of a recipe
     allowed = ",".join(cause for cause in CAUSES if cause not in ("over_long", "leak"))
     done = subprocess.run([*run, "--allow", allowed], capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0 and "  do " not in done.stdout, done.stdout
+
+
+def test_what_to_do_fits_what_was_found():
+    asked = {"held_out": False, "fixed": False, "recipe": True}
+    assert remedies(set(), **asked) == ""
+    assert remedies({"json"}, **asked).count("; ") == 1 and "max_bad_fraction" in remedies({"json"}, **asked)
+    long = remedies({"over_long", "alpha"}, **asked)
+    assert "data.over_length" in long and "--allow alpha lets" in long and "max_bad_fraction" not in long
+    assert remedies({"leak"}, **{**asked, "fixed": True}) == "train on the files above"
+    assert remedies(set(), **{**asked, "held_out": True}).startswith("mend the rows of evaluation sets")
+    assert {*MADE_PLAIN} < {*CAUSES}
 
 
 def test_what_is_asked_wrongly(made, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 
 _CAUSES: tuple[tuple[str, str], ...] = (
     ("json", r"broken JSON|half a surrogate|not UTF-8|the row is a |the row has not \d+ fields|the line is "),
@@ -47,3 +48,27 @@ CAUSES = (*(name for name, _ in _CAUSES), "other")
 def cause_of(reason: str) -> str:
     """The name of a reason; `other` for one that is not on the list (a row of the wrong shape, say)."""
     return next((name for name, pattern in _PATTERNS if pattern.search(reason)), "other")
+
+
+MADE_PLAIN = ("animated", "cmyk", "sixteen_bit", "alpha", "rotated")
+"""Causes that do not stop a run: such pictures are opened as plain ones."""
+_LENGTHS = "over_long"
+_LOOKED_AT = ("duplicate", "leak", "turn_tokens", "masked", *MADE_PLAIN, _LENGTHS)
+"""Causes of rows that a run can read."""
+
+
+def remedies(causes: Set[str], *, held_out: bool, fixed: bool, recipe: bool) -> str:
+    """What to do about bad training rows of these causes, and with `held_out` about bad evaluation rows; `fixed`: the
+    clean sets are written, `recipe`: a recipe was looked at, whose fields can help."""
+    found = []
+    if causes:
+        found.append("train on the files above" if fixed else "mend the rows, or --fix OUT writes those to train on")
+        if plain := [cause for cause in MADE_PLAIN if cause in causes]:
+            found.append(f"--allow {','.join(plain)} lets pictures pass that training opens as plain ones")
+    if recipe and _LENGTHS in causes:
+        found.append("raise data.max_length, or set data.over_length to drop, truncate_text or shrink_images")
+    if recipe and not causes <= set(_LOOKED_AT):
+        found.append("data.max_bad_fraction above 0 lets a run leave out rows it cannot read")
+    if held_out:
+        found.append("mend the rows of evaluation sets in their own files, which --fix does not write")
+    return "; ".join(found)

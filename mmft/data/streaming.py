@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -37,7 +38,26 @@ _OPEN = 64
 """Files of one set that a process keeps open (fetched ones: the shards of one group)."""
 
 
-class StreamedSet(Sequence[Sample]):
+class _ByNumber(Sequence[Sample]):
+    """Samples that a number or a slice asks for; a subclass gives one at a time."""
+
+    @abstractmethod
+    def row(self, number: int) -> Sample:
+        """The sample of a number from 0 on, below the length."""
+
+    @overload
+    def __getitem__(self, number: int) -> Sample: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Sample]: ...
+    def __getitem__(self, number: int | slice) -> Sample | list[Sample]:
+        if isinstance(number, slice):
+            return [self.row(one) for one in range(*number.indices(len(self)))]
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return self.row(number)
+
+
+class StreamedSet(_ByNumber):
     """The rows of one streamed set of conversations. A row that is none raises DataError when it is asked for."""
 
     def __init__(self, source: DataSource, *, system: str | None, wanted: Sequence[str], fetch: Fetch | None) -> None:
@@ -60,15 +80,8 @@ class StreamedSet(Sequence[Sample]):
     def __len__(self) -> int:
         return self.set.rows
 
-    @overload
-    def __getitem__(self, number: int) -> Sample: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Sample]: ...
-    def __getitem__(self, number: int | slice) -> Sample | list[Sample]:
-        if isinstance(number, slice):
-            return [self[one] for one in range(*number.indices(len(self)))]
-        if not 0 <= number < len(self):
-            raise IndexError(number)
+    def row(self, number: int) -> Sample:
+        """One row by its number."""
         file = int(np.searchsorted(self.set.starts, number, side="right")) - 1
         shard = self._shard(file)
         where, row = shard.row(number - int(self.set.starts[file]))
@@ -116,7 +129,7 @@ class StreamedSet(Sequence[Sample]):
         return self._open[file]
 
 
-class Streamed(Sequence[Sample]):
+class Streamed(_ByNumber):
     """Training sets behind one another, some of them streamed, of which an epoch takes `draws` rows each.
 
     `bad_allowed`: share of rows that may be left out when met; `long_allowed`: whether over-long rows are.
@@ -139,15 +152,8 @@ class Streamed(Sequence[Sample]):
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    @overload
-    def __getitem__(self, number: int) -> Sample: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Sample]: ...
-    def __getitem__(self, number: int | slice) -> Sample | list[Sample]:
-        if isinstance(number, slice):
-            return [self[one] for one in range(*number.indices(len(self)))]
-        if not 0 <= number < len(self):
-            raise IndexError(number)
+    def row(self, number: int) -> Sample:
+        """One row by its number in all sets, to be changed as the recipe says."""
         part = int(np.searchsorted(self.starts, number, side="right")) - 1
         sample = self.parts[part][number - int(self.starts[part])]
         return sample if self.augment is None else replace(sample, augment=self.augment)
