@@ -89,7 +89,9 @@ class Adapted:
             return "language", "embedding"
         prompt = METHODS[self.method].place == "prompt"
         plain = name.removeprefix("base_model.") if prompt else base_name(name)
-        return self.backbone.parts.part_of(plain), self.backbone.parts.subpart_of(plain)
+        heads = (group.names for group in self.groups if group.part == "head")  # one may stand beside the backbone
+        part = "head" if any(name in names for names in heads) else self.backbone.parts.part_of(plain)
+        return part, self.backbone.parts.subpart_of(plain)
 
 
 def base_name(name: str) -> str:

@@ -41,7 +41,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
-        inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
+        tensors = {name: value for name, value in self.inputs.items() if isinstance(value, torch.Tensor)}
+        inputs = {**self.inputs, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()}}
         return dataclasses.replace(self, inputs=inputs, labels=self.labels.to(device, non_blocking=True))
 
 

@@ -129,6 +129,8 @@ class PreferenceRenderer:
             first = dataclasses.replace(sample.candidates[0], media=None)
             made.append(dataclasses.replace(sample, media=self._changed(sample, epoch), candidates=(first,)))
         groups = [self.rendered(sample) for sample in made]
+        if self.altered == "crop":  # seen once, so nothing that a store should keep
+            groups = [[_not_kept(row) for row in group] for group in groups]
         order = [(b, 0) for b in range(len(made))]
         batch, places = _plain(groups, order, self._pad)
         return _located(batch, made, groups, order, places=places, keys=self._keys(made, order), altered=None)
@@ -184,6 +186,10 @@ def _trimmed(row: Rendered) -> Rendered:
         media=row.media if same else media,
         text_tokens=end - row.media_tokens,
     )
+
+
+def _not_kept(row: Rendered) -> Rendered:
+    return row if row.pictures is None else dataclasses.replace(row, pictures=dataclasses.replace(row.pictures, key=""))
 
 
 _Place = tuple[int, list[int]]

@@ -5,7 +5,8 @@
 
 A batch reaches the model with `mm_encoder_outputs={"image": ...}` (transformers' own way in) instead of pixels; a row
 whose features are known is rendered without opening its pictures. What is missing is computed by the step that needs
-it and kept then and there: nothing is computed twice, nothing is waited for.
+it and kept then and there: nothing is computed twice, nothing is waited for. Answers to one prompt, the reference
+beside the policy, and sampling beside learning show the tower the same picture; they are given one answer of it.
 
 The tower always sees the pictures of one row alone, known or not. Its answer in bf16 may depend on what else lies in
 its batch, and a run that is killed and resumed must be the same byte for byte whoever filled the store and how full it
@@ -20,24 +21,27 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mmft.adapters.build import set_modes
 from mmft.data.collate import Batch, collate
+from mmft.data.preference_render import PreferenceBatch
 from mmft.data.render import Rendered, Renderer
+from mmft.data.sample import MediaRef, Sample
 from mmft.errors import MmftError
 from mmft.fast.plan import Candidate, NotHere, Setting, Work
 from mmft.fast.slabs import Slabs, cache_folder
-from mmft.fast.stored import FEATURES, StoredRenderer
+from mmft.fast.stored import FEATURES, StoredRenderer, chat_of, rendered, with_chat
 from mmft.fast.tower import FROZEN, Tower
 from mmft.objectives.build import output_head
 from mmft.objectives.sft import head_on_rows
 from mmft.paths import cache_limit
 from mmft.recipe.methods import METHODS
 
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Largest relative difference of logits between a row alone and in a batch; 5e-2 in 16 bits."""
 
@@ -45,12 +49,12 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 def holds(setting: Setting) -> tuple[bool, str]:
     """Whether features can stand in for pixels here, from structure alone."""
     recipe, model = setting.recipe, setting.adapted.backbone.model
-    if type(setting.renderer) is not Renderer or recipe.objective.name != "sft":
+    if chat_of(setting.renderer) is None:
         return False, f"rows of {recipe.objective.name} reach the model by a way of their own"
-    if setting.samples and not any(sample.media for sample in setting.samples):
+    if setting.samples and not any(map(_shown, setting.samples)):
         return False, "no row has a picture"
-    every = (*setting.samples, *setting.evals)
-    other = next((ref.kind for sample in every for ref in sample.media if ref.kind != "image"), None)
+    every = (media for sample in (*setting.samples, *setting.evals) for media in _shown(sample))
+    other = next((ref.kind for media in every for ref in media if ref.kind != "image"), None)
     if other is not None:
         return False, f"a row holds {other}, and only features of pictures are kept"
     if recipe.data.augmentation:
@@ -71,6 +75,12 @@ def holds(setting: Setting) -> tuple[bool, str]:
     return True, "tower and projector are frozen, without dropout or augmentation"
 
 
+def _shown(sample: Sample) -> set[tuple[MediaRef, ...]]:
+    """The pictures of each conversation of a row, those that differ: answers to one prompt may have their own."""
+    own = {sample.media if one.media is None else one.media for one in sample.candidates} or {sample.media}
+    return own - {()}
+
+
 def saves(setting: Setting) -> str:
     """How many pictures this run sees again, and the share of weights that they pass."""
     backbone = setting.adapted.backbone
@@ -78,19 +88,20 @@ def saves(setting: Setting) -> str:
         (value.numel(), backbone.parts.part_of(name) in FROZEN) for name, value in backbone.model.named_parameters()
     ]
     share = sum(size for size, frozen in sizes if frozen) / max(sum(size for size, _ in sizes), 1)
-    shown = [sample.media for sample in setting.samples if sample.media]
+    shown = [media for sample in setting.samples for media in _shown(sample)]
     train = setting.recipe.train
     seen = len(shown) * (train.num_train_epochs if train.max_steps is None else 1)
     again = 1 - len(set(shown)) / seen if seen else 0.0
     told = f"opening and encoding a picture seen before ({share:.0%} of the weights)"
-    return f"{told}; {max(again, 0.0):.0%} of this run's are, and all of a later run's"
+    also = "" if isinstance(setting.renderer, Renderer) else "; answers, samplings and the reference share one encoding"
+    return f"{told}; {max(again, 0.0):.0%} of this run's are, and all of a later run's{also}"
 
 
 def install(setting: Setting, work: Work) -> Work:
     """The renderer that looks into the store and the function that puts features into a batch, after a proof on one
     row: logits with features equal those with pixels bit for bit."""
-    renderer = work.renderer
-    assert isinstance(renderer, Renderer)
+    renderer = chat_of(work.renderer)
+    assert renderer is not None
     set_modes(setting.adapted)
     _refuse_dropout(setting)
     tower = Tower(setting.adapted, autocast=setting.recipe.train.bf16)
@@ -99,7 +110,7 @@ def install(setting: Setting, work: Work) -> Work:
     stored = StoredRenderer(renderer, slabs, space=space, takes=tower.takes)
     _prove(setting, work, stored, tower)
     stored.opened = 0
-    return replace(work, renderer=stored, prepare=Filled(tower, slabs, work.prepare))
+    return replace(work, renderer=with_chat(work.renderer, stored), prepare=Filled(tower, slabs, work.prepare))
 
 
 class Filled:
@@ -112,19 +123,24 @@ class Filled:
     def __call__(self, batch: Batch) -> Batch:
         """The batch with `mm_encoder_outputs` in the place of its pictures."""
         batch = self.inner(batch)
+        if isinstance(batch, PreferenceBatch) and batch.altered is not None:
+            batch = replace(batch, altered=self._filled(batch.altered))
+        return self._filled(batch)
+
+    def _filled(self, batch: AnyBatch) -> AnyBatch:
         if not batch.pictures:
             return batch
-        here: dict[str, Mapping[str, Tensor]] = {}
+        here: dict[str | int, Mapping[str, Tensor]] = {}
         rows = []
         for one in batch.pictures:
-            known = one.known or here.get(one.key) or (self.slabs.get(one.key) if one.key else None)
+            name = one.key or id(one)
+            known = one.known or here.get(name) or (self.slabs.get(one.key) if one.key else None)
             self.hits, self.misses = self.hits + bool(known), self.misses + (not known)
             if not known:
                 answer = {f"{FEATURES}{name}": value for name, value in self.tower(one.inputs).items()}
-                known = {**one.record, **answer}
+                here[name] = known = {**one.record, **answer}
                 if one.key:
                     self.slabs.put(one.key, known)
-                    here[one.key] = known
             rows.append({n.removeprefix(FEATURES): value for n, value in known.items() if n.startswith(FEATURES)})
         return replace(batch, inputs={**batch.inputs, "mm_encoder_outputs": {"image": self.tower.joined(rows)}})
 
@@ -138,14 +154,13 @@ def _refuse_dropout(setting: Setting) -> None:
 
 def _prove(setting: Setting, work: Work, stored: StoredRenderer, tower: Tower) -> None:
     """Raise NotHere unless one row's logits are the same with features, and nearly the same in a batch of two."""
-    sample = next((one for one in setting.samples if one.media), None)
-    if sample is None:
+    sample, chat = next(filter(_shown, setting.samples), None), chat_of(work.renderer)
+    if sample is None or chat is None:
         raise NotHere("no row has a picture")
-    assert isinstance(work.renderer, Renderer)
     try:
-        plain = work.renderer.render(sample)
+        plain = rendered(work.renderer, chat, sample)
         stored.slabs, kept = _Nothing(stored.slabs), stored.slabs  # type: ignore[assignment]
-        row = stored.render(sample)
+        row = rendered(work.renderer, stored, sample)
         stored.slabs = kept
         pixels = _last_logits(setting, [plain], {})
         assert row.pictures is not None

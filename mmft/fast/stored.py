@@ -8,6 +8,7 @@ treat a picture by how many there are.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmft.data.loader import RowRenderer
 from mmft.data.masks import Span
 from mmft.data.media import media_digest
 from mmft.data.opened import Opened, measure_of
 from mmft.data.pictures import Pictures
+from mmft.data.preference_render import PreferenceRenderer, with_answer
+from mmft.data.prompts import PromptRenderer
 from mmft.data.render import Rendered, Renderer
 from mmft.data.sample import MediaRef, Sample, Turn
 from mmft.fast.slabs import Slabs
@@ -32,6 +36,32 @@ FEATURES = "features/"
 def address(media: Sequence[MediaRef], space: str) -> str:
     """Hex sha256 of the pictures' bytes, in order, in a space (`Tower.digest`)."""
     return hashlib.sha256("".join([space, *map(media_digest, media)]).encode()).hexdigest()
+
+
+def chat_of(renderer: RowRenderer | None) -> Renderer | None:
+    """What renders conversations in a renderer of rows: itself, or that of preferences and of questions."""
+    found = renderer
+    if isinstance(renderer, PreferenceRenderer):
+        found = renderer.chat
+    elif isinstance(renderer, PromptRenderer):
+        found = renderer.inner
+    return found if isinstance(found, Renderer) and type(found) in (Renderer, StoredRenderer) else None
+
+
+def with_chat(renderer: RowRenderer, chat: Renderer) -> RowRenderer:
+    """A copy of a renderer of rows with another renderer of conversations in it."""
+    if isinstance(renderer, Renderer):
+        return chat
+    made = copy.copy(renderer)
+    setattr(made, "chat" if isinstance(renderer, PreferenceRenderer) else "inner", chat)
+    return made
+
+
+def rendered(renderer: RowRenderer, chat: Renderer, sample: Sample) -> Rendered:
+    """One forward's row of a sample: its conversation, that of its first answer, or its question alone."""
+    if isinstance(renderer, PreferenceRenderer):
+        return chat.render(with_answer(sample, sample.candidates[0]))
+    return chat.prompt(sample) if isinstance(renderer, PromptRenderer) else chat.render(sample)
 
 
 class _Unit(list[Opened]):
@@ -50,13 +80,14 @@ class StoredRenderer(Renderer):
         self.slabs, self.space, self.takes = slabs, space, takes
         self.opened = 0
         self._unit: _Unit | None = None
+        self._text = ""
         decoder = getattr(self.tokenizer, "added_tokens_decoder", {})
         self._solid = {*self.tokenizer.all_special_ids, *decoder}
 
     def _media(self, turns: Sequence[Turn], media: Sequence[MediaRef], *, prompt: bool) -> list[Opened]:
         self._unit = None
-        if prompt or not media:
-            return super()._media(turns, media, prompt=prompt)
+        if not media:
+            return []
 
         def opened() -> list[Opened]:
             self.opened += len(media)
@@ -65,6 +96,13 @@ class StoredRenderer(Renderer):
         key = address(media, self.space)
         self._unit = _Unit(key, self.slabs.get(key) or {}, opened)
         return self._unit
+
+    def _encoded(
+        self, turns: tuple[Turn, ...], media: list[Opened], *, prompt: bool
+    ) -> tuple[tuple[Turn, ...], str, dict[str, Tensor]]:
+        found = super()._encoded(turns, media, prompt=prompt)
+        self._text = found[1]
+        return found
 
     def _process(self, text: str, media: Sequence[Opened]) -> dict[str, Tensor]:
         if isinstance(media, _Unit) and media.known:
@@ -85,7 +123,7 @@ class StoredRenderer(Renderer):
             features = {name: value for name, value in unit.known.items() if name.startswith(FEATURES)}
             pictures = Pictures(unit.key, known=features)
         else:
-            record = self._record(row, self.text(sample.turns), unit)
+            record = self._record(row, self._text, unit)
             inputs = {name: value for name, value in row.media.items() if name in self.takes}
             pictures = Pictures(unit.key if record else "", inputs=inputs, record=record)
         return dataclasses.replace(row, media=told, per_row=row.per_row & told.keys(), pictures=pictures)

@@ -50,7 +50,7 @@ def make_table(batches: Iterable[PreferenceBatch], run: Run, *, path: Path) -> d
     """log q of every answer of the batches, read from `path` where it is, else made and kept there.
 
     Values are those of the very batches given (the first where an answer comes twice): a run that walks the same
-    batches with the adapter off sees the same bits.
+    batches with the adapter off sees the same bits (with the feature store, to the rounding of a tower's batch).
     """
     if path.is_file():
         with np.load(path, allow_pickle=False) as stored:
@@ -75,8 +75,8 @@ def table_path(*parts: object) -> Path:
 
 def placed(batch: PreferenceBatch, dtype: torch.dtype, device: torch.device) -> PreferenceBatch:
     """The batch on the device, its pictures in the type of the weights (as the engine places it)."""
-    inputs = {
-        key: (value.to(dtype) if value.is_floating_point() else value).to(device) for key, value in batch.inputs.items()
-    }
+    tensors = {key: value for key, value in batch.inputs.items() if isinstance(value, Tensor)}
+    cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
+    inputs = {**batch.inputs, **{key: value.to(device) for key, value in cast.items()}}
     altered = None if batch.altered is None else placed(batch.altered, dtype, device)
     return dataclasses.replace(batch, inputs=inputs, altered=altered)

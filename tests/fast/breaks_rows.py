@@ -15,6 +15,9 @@ _SHARED = "fast/test_packing.py::test_a_shared_beginning_is_the_plain_step"
 _STORED = "fast/test_feature_store.py::test_loss_and_gradients_are_those_of_pixels"
 _LINE = "fast/test_line_attention.py::test_values_and_gradients_are_those_of_rows_alone"
 _LAST = "fast/test_last_layer.py"
+_OTHERS = "fast/test_store_objectives.py"
+_PIXELS = f"{_OTHERS}::test_loss_and_gradients_are_those_of_pixels"
+_ONCE = f"{_OTHERS}::test_a_picture_is_encoded_once_for_all_forwards_and_then_never"
 _MISSES = "fast/test_feature_store.py::test_one_weight_one_setting_one_pixel_are_misses"
 
 ROWS: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
@@ -204,6 +207,60 @@ ROWS: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
                 "[space, *map(media_digest, media)]",
                 "list(map(media_digest, media))",
                 "fast/test_feature_store.py::test_an_address_is_of_pictures_and_tower",
+            ),
+            (
+                "the renderer that evaluation goes by is changed",
+                "made = copy.copy(renderer)",
+                "made = renderer",
+                f"{_ONCE}[dpo]",
+            ),
+            (
+                "places are looked for in another text",
+                "self._text = found[1]",
+                "self._text = found[1][1:]",
+                f"{_ONCE}[grpo]",
+            ),
+        ),
+    ),
+    (
+        "feature_store",
+        "fast/feature_store.py",
+        (
+            (
+                "changed pictures go the way of the others",
+                "altered=self._filled(batch.altered)",
+                "altered=self._filled(batch)",
+                f"{_PIXELS}[mdpo, cropped]",
+            ),
+            (
+                "pictures of answers are not looked at",
+                "for one in sample.candidates} or",
+                "for one in ()} or",
+                f"{_OTHERS}::test_a_sound_among_the_answers_says_why",
+            ),
+        ),
+    ),
+    (
+        "feature_store",
+        "data/preference_render.py",
+        (
+            (
+                "pictures that are seen once are kept",
+                'if self.altered == "crop":',
+                "if False:",
+                f"{_ONCE}[mdpo, cropped]",
+            ),
+        ),
+    ),
+    (
+        "feature_store",
+        "adapters/build.py",
+        (
+            (
+                "a head beside the backbone counts as its projector",
+                'if group.part == "head")',
+                'if group.part == "none")',
+                f"{_PIXELS}[reward]",
             ),
         ),
     ),

@@ -226,10 +226,9 @@ def placer(model: nn.Module) -> Any:
     weight = next(value for value in model.parameters() if value.is_floating_point())
 
     def place(batch: Batch) -> Batch:
-        inputs = {
-            name: value.to(weight.dtype) if value.is_floating_point() else value for name, value in batch.inputs.items()
-        }
-        return replace(batch, inputs=inputs).to(weight.device)
+        tensors = {name: value for name, value in batch.inputs.items() if isinstance(value, Tensor)}
+        cast = {name: value.to(weight.dtype) for name, value in tensors.items() if value.is_floating_point()}
+        return replace(batch, inputs={**batch.inputs, **cast}).to(weight.device)
 
     return place
 
