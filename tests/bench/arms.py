@@ -10,10 +10,8 @@ import json
 import os
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,58 +24,7 @@ from mmft.quiet import quiet_upstream
 from mmft.recipe.load import load_recipe
 from mmft.runfolder import open_run
 from mmft.stages import load_datasets, make_accelerator, plan_steps, train_stage
-
-WARM = 3
-"""Steps before the clock starts."""
-
-
-@dataclass
-class Watch:
-    """What is seen of an arm: the end of every step, losses, anonymous memory at 20 Hz."""
-
-    ends: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    tokens: int = 0
-    peak: int = 0
-    _over: threading.Event = field(default_factory=threading.Event)
-
-    def __post_init__(self) -> None:
-        threading.Thread(target=self._look, daemon=True).start()
-
-    def _look(self) -> None:
-        while not self._over.wait(0.05):
-            self.peak = max(self.peak, anonymous())
-
-    def on_start(self, state: Any, total_steps: int) -> None: ...
-
-    def on_step(self, state: Any, metrics: dict[str, float]) -> None:
-        """Called by mmft's engine."""
-        self.ends.append(time.perf_counter())
-        self.losses.append(metrics["loss"])
-        self.tokens = state.tokens_consumed
-
-    def on_evaluate(self, state: Any, metrics: dict[str, float]) -> None: ...
-
-    def on_save(self, state: Any, folder: Path) -> None: ...
-
-    def on_end(self, state: Any) -> None: ...
-
-    def figures(self, batch: int) -> dict[str, Any]:
-        """The arm's line."""
-        self._over.set()
-        steps, spent = len(self.ends) - WARM, self.ends[-1] - self.ends[WARM - 1]
-        return {
-            "samples_per_second": batch * steps / spent,
-            "tokens_per_sample": self.tokens / (batch * len(self.ends)),
-            "peak": max(self.peak, anonymous()),
-            "losses": self.losses,
-        }
-
-
-def anonymous() -> int:
-    """Bytes of this process that no file backs."""
-    with open("/proc/self/status", encoding="ascii") as stream:
-        return next(int(line.split()[1]) * 1024 for line in stream if line.startswith("RssAnon"))
+from tests.bench.watch import Watch
 
 
 def recipe_of(given: dict[str, Any], folder: Path) -> Any:

@@ -4,11 +4,13 @@
     python -m tests.bench.bench --workload smolvlm --data four --epochs 3 --arms hf plain all warm
 
 Arms: `hf` (Trainer + peft: bf16, sdpa, no checkpointing, fused AdamW), `trl` (SFTTrainer, likewise, where installed),
-`plain` (mmft with `train.fast: false`), `+NAME` (one optimisation added after the other, in the order they are put in),
-`all` (everything, an empty feature store) and `warm` (everything, the store filled by an earlier run). Printed:
-samples/s and real tokens/s by the wall clock, peak anonymous memory, the share of the machine's measured bf16 roof, the
-ratio to `hf` with its range over the rounds, and the greatest difference of a step's loss from `hf`, which makes a row
-valid. Models and rows: `models.py`. Run it alone on the machine; others' work shows in the ranges.
+`swift`, `llamafactory` and `llamafactory-packed` (`peers.py`; `--peer swift=PYTHON` names the Python of each; llava
+only), `plain` (mmft with `train.fast: false`), `+NAME` (one optimisation added after the other, in the order they are
+put in), `all` (everything, an empty feature store) and `warm` (everything, the store filled by an earlier run).
+Printed: samples/s and real tokens/s by the wall clock, tokens of a row, peak anonymous memory, the share of the
+machine's measured bf16 roof, the ratio to `hf` with its range over the rounds, and the greatest difference of a step's
+loss from `hf`, which makes a row valid. Models and rows: `models.py`. Run it alone on the machine; others' work shows
+in the ranges.
 """
 
 from __future__ import annotations
@@ -30,11 +32,14 @@ from typing import Any
 import torch
 
 from mmft.fast.known import CANDIDATES
+from tests.bench import peers
 from tests.bench.models import LENGTHS, PIXELS, flops, save_model, save_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOSE = 0.05
 """Nats a step's loss may differ by: bf16's noise on a few dozen rows."""
+OTHERS = ("trl", *peers.PEERS)
+"""Arms of packages that need not be there."""
 
 
 def gemm_roof() -> float:
@@ -56,6 +61,7 @@ def arms_of(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {"hf": {"arm": "hf", "fast": False}}
     if importlib.util.find_spec("trl"):
         found["trl"] = {"arm": "trl", "fast": False}
+    found |= peers.installed(given.peer if given.workload == "llava" else [])
     found["plain"] = {"arm": "mmft", "fast": False}
     for number, name in enumerate(names, 1):
         found[f"+{name}"] = {"arm": "mmft", "fast": names[:number]}
@@ -63,16 +69,24 @@ def arms_of(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     found["warm"] = {"arm": "mmft", "fast": True}
     groups = {"steps": [name for name in found if name.startswith("+")]}
     wanted = [name for word in given.arms for name in groups.get(word, [word])] or list(found)
-    unknown = sorted(set(wanted) - set(found))
+    unknown = sorted(set(wanted) - set(found) - set(OTHERS))
     if unknown:
         raise SystemExit(f"no arm named {', '.join(unknown)}; there are {', '.join(found)} and the group steps")
-    return {name: found[name] for name in wanted}
+    for name in [name for name in given.arms or OTHERS if name in OTHERS and name not in found]:
+        other = given.workload != "llava" and name in peers.PEERS
+        sys.stdout.write(f"{name}: {'with --workload llava only' if other else 'not installed'}\n")
+    if not set(wanted) & set(found):
+        raise SystemExit("no arm is left to run")
+    return {name: found[name] for name in wanted if name in found}
 
 
 def run_arm(told: dict[str, Any], cache: Path) -> dict[str, Any]:
     """One process; `cache` is its home for whatever it stores."""
     environment = {**os.environ, "MMFT_CACHE": str(cache), "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "tests.bench.arms", json.dumps(told)]
+    if "python" in told:
+        cache.mkdir(parents=True, exist_ok=True)
+        command = [told["python"], "-m", "tests.bench.peers", json.dumps(peers.prepare(told, cache))]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{told}\n{done.stderr[-3000:]}")
@@ -129,7 +143,8 @@ def table(found: dict[str, list[dict[str, Any]]], given: argparse.Namespace, roo
     against = "hf" if "hf" in found else next(iter(found))
     theirs, width = found[against], max(len(name) for name in found) + 2
     head = (
-        f"{'arm':<{width}}{'samples/s':>10}{'tokens/s':>10}{'peak GB':>9}{'of roof':>9}{'x ' + against:>8}{'95 %':>14}"
+        f"{'arm':<{width}}{'samples/s':>10}{'tokens/s':>10}{'a row':>7}{'peak GB':>9}{'of roof':>9}"
+        f"{'x ' + against:>8}{'95 %':>14}"
     )
     lines = [head + f"{'loss off':>10}"]
     for name, ours in found.items():
@@ -146,12 +161,14 @@ def table(found: dict[str, list[dict[str, Any]]], given: argparse.Namespace, roo
         )
         pairs = zip(ours, theirs, strict=True)
         ratio, low, high = interval([one["samples_per_second"] / other["samples_per_second"] for one, other in pairs])
-        losses = zip(ours[0]["losses"], theirs[0]["losses"], strict=False)
+        losses = list(zip(ours[0]["losses"], theirs[0]["losses"], strict=False))
+        if ours[0].get("reordered"):  # the same rows in other steps
+            losses = [tuple(statistics.fmean(side) for side in zip(*losses, strict=True))]
         off = max(abs(one - other) for one, other in losses)
         peak = max(one["peak"] for one in ours) / 1e9
         lines.append(
-            f"{name:<{width}}{speed:>10.2f}{speed * tokens:>10.0f}{peak:>9.2f}{speed * work / roof:>8.0%} {ratio:>8.2f}"
-            f"{f'{low:.2f}..{high:.2f}':>14}{off:>10.4f}{'' if off < CLOSE else '  NOT VALID'}"
+            f"{name:<{width}}{speed:>10.2f}{speed * tokens:>10.0f}{tokens:>7.1f}{peak:>9.2f}"
+            f"{speed * work / roof:>8.0%} {ratio:>8.2f}{f'{low:.2f}..{high:.2f}':>14}{off:>10.4f}{'' if off < CLOSE else '  NOT VALID'}"
         )
     return lines
 
@@ -163,6 +180,7 @@ def main() -> None:
     parser.add_argument("--data", choices=tuple(LENGTHS), default="vqa")
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps of an arm, warm-up included")
     parser.add_argument("--peer-steps", type=int, help="steps of hf and trl, whose speed is that of any step")
+    parser.add_argument("--peer", action="append", default=[], help="swift=PYTHON or llamafactory=PYTHON")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over the rows in those steps")
     parser.add_argument("--rounds", type=int, default=3)

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from tests.bench.arms import Watch
+from tests.bench.watch import Watch
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 64
