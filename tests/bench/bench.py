@@ -166,9 +166,10 @@ def table(found: dict[str, list[dict[str, Any]]], given: argparse.Namespace, roo
             losses = [tuple(statistics.fmean(side) for side in zip(*losses, strict=True))]
         off = max(abs(one - other) for one, other in losses)
         peak = max(one["peak"] for one in ours) / 1e9
+        valid = "" if off < CLOSE else "  NOT VALID"
         lines.append(
             f"{name:<{width}}{speed:>10.2f}{speed * tokens:>10.0f}{tokens:>7.1f}{peak:>9.2f}"
-            f"{speed * work / roof:>8.0%} {ratio:>8.2f}{f'{low:.2f}..{high:.2f}':>14}{off:>10.4f}{'' if off < CLOSE else '  NOT VALID'}"
+            f"{speed * work / roof:>8.0%} {ratio:>8.2f}{f'{low:.2f}..{high:.2f}':>14}{off:>10.4f}{valid}"
         )
     return lines
 

@@ -25,7 +25,6 @@ PEERS = {
     "llamafactory-packed": {"arm": "llamafactory", "packed": True},
 }
 """Name of an arm -> what its process is told."""
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 USER, ASSISTANT, END, IMAGE = "<user>", "<assistant>", "<end>", "<image>"
 """Of the chat template of the bench's models."""
 
@@ -53,8 +52,9 @@ def _importable(python: str, module: str) -> bool:
 
 
 def prepare(told: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What a peer's process is told: its rows are written in the order that every arm gets."""
-    from mmft.backbones.load import load_processor
+    """What a peer's process is told: its rows are written in the order, and the adapter as it starts, of every arm."""
+    from mmft.adapters.build import build_adapters
+    from mmft.backbones.load import load_backbone
     from mmft.data.lengths import lengths_of
     from mmft.data.steps import plan_steps
     from mmft.runfolder import open_run
@@ -63,7 +63,9 @@ def prepare(told: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     recipe = recipe_of(told, folder / "runs")
     with open_run(recipe, resume=False, overwrite=True, rank=0, quiet=True) as run:
-        datasets = load_datasets(recipe, load_processor(recipe.model), run.journal)
+        backbone = load_backbone(recipe.model, recipe.quantization)
+        datasets = load_datasets(recipe, backbone.processor, run.journal)
+    build_adapters(backbone, recipe.adapter, seed=recipe.train.seed).model.save_pretrained(folder / "peer-adapter")
     plan, total = plan_steps(recipe, datasets.train, 1)
     source = Path(told["rows"])
     by_id = {row["id"]: row for row in map(json.loads, source.read_text(encoding="utf-8").splitlines())}
@@ -74,8 +76,7 @@ def prepare(told: dict[str, Any], folder: Path) -> dict[str, Any]:
         **told,
         "rows": str(rows),
         "longest": max(lengths_of(datasets.renderer, datasets.train)),
-        "rank": recipe.adapter.lora_rank,
-        "alpha": recipe.adapter.lora_alpha,
+        "adapter": str(folder / "peer-adapter"),
         "train": {
             "per_device_train_batch_size": told["batch"],
             "gradient_accumulation_steps": 1,
@@ -174,10 +175,7 @@ def run_swift(told: dict[str, Any], seen: Seen) -> None:
         "max_length": 4096,
         "output_dir": told["out"],
         "tuner_type": "lora",
-        "target_regex": rf".*language_model.*\.({'|'.join(LINEARS)})",
-        "lora_rank": told["rank"],
-        "lora_alpha": told["alpha"],
-        "lora_dropout": 0.0,
+        "adapters": told["adapter"],
         "freeze_vit": True,
         "freeze_aligner": True,
         "torch_dtype": "bfloat16",
@@ -224,10 +222,7 @@ def run_llamafactory(told: dict[str, Any], seen: Seen) -> None:
         "disable_shuffling": True,
         "output_dir": told["out"],
         "finetuning_type": "lora",
-        "lora_target": ",".join(LINEARS),
-        "lora_rank": told["rank"],
-        "lora_alpha": told["alpha"],
-        "lora_dropout": 0.0,
+        "adapter_name_or_path": told["adapter"],
         "freeze_vision_tower": True,
         "freeze_multi_modal_projector": True,
         "flash_attn": "sdpa",
