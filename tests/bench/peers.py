@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.bench.watch import Watch
 
-PEERS = {
+PEERS: dict[str, dict[str, Any]] = {
     "swift": {"arm": "swift"},
     "llamafactory": {"arm": "llamafactory"},
     "llamafactory-packed": {"arm": "llamafactory", "packed": True},
@@ -32,12 +32,12 @@ USER, ASSISTANT, END, IMAGE = "<user>", "<assistant>", "<end>", "<image>"
 def installed(given: list[str]) -> dict[str, dict[str, Any]]:
     """Arms of the peers that can be run; `given` is NAME=PYTHON of each."""
     pythons = dict(one.split("=", 1) for one in given)
-    unknown = sorted(set(pythons) - {str(told["arm"]) for told in PEERS.values()})
+    unknown = sorted(set(pythons) - {told["arm"] for told in PEERS.values()})
     if unknown:
         raise SystemExit(f"no peer named {', '.join(unknown)}; there are swift and llamafactory")
     there = {name for name, python in pythons.items() if _importable(python, name)}
     return {
-        arm: {**told, "python": pythons[str(told["arm"])], "fast": False}
+        arm: {**told, "python": pythons[told["arm"]], "fast": False}
         for arm, told in PEERS.items()
         if told["arm"] in there
     }
