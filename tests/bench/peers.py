@@ -31,7 +31,7 @@ USER, ASSISTANT, END, IMAGE = "<user>", "<assistant>", "<end>", "<image>"
 
 def installed(given: list[str]) -> dict[str, dict[str, Any]]:
     """Arms of the peers that can be run; `given` is NAME=PYTHON of each."""
-    pythons = dict(one.split("=", 1) for one in given)
+    pythons = dict(one.partition("=")[::2] for one in given)
     unknown = sorted(set(pythons) - {told["arm"] for told in PEERS.values()})
     if unknown:
         raise SystemExit(f"no peer named {', '.join(unknown)}; there are swift and llamafactory")
@@ -111,23 +111,16 @@ class Seen:
     """Counts what a peer's model is given, before every forward."""
 
     def __init__(self) -> None:
-        self.watch = Watch()
-        self.trainable = self.rows = self.supervised = 0
+        self.watch, self.rows = Watch(), 0
 
-    def watch_model(self, model: Any) -> None:
-        """Look at every forward of the model that is trained."""
-        self.trainable = sum(one.numel() for one in model.parameters() if one.requires_grad)
-        model.register_forward_pre_hook(self._look, with_kwargs=True)
-
-    def _look(self, model: Any, args: Any, inputs: dict[str, Any]) -> None:
+    def look(self, model: Any, args: Any, inputs: dict[str, Any]) -> None:
+        """A forward's rows, of one picture each, and tokens."""
         self.rows += len(inputs["pixel_values"])
         self.watch.tokens += int((inputs["input_ids"] != model.config.get_text_config().pad_token_id).sum())
-        self.supervised += int((inputs["labels"] != -100).sum())
 
     def figures(self) -> dict[str, Any]:
         """The arm's line; a step's rows are counted, since a packed one has as many as fit."""
-        found = self.watch.figures(self.rows / len(self.watch.ends))
-        return {**found, "supervised_per_sample": self.supervised / self.rows, "trainable": self.trainable}
+        return self.watch.figures(self.rows / len(self.watch.ends))
 
 
 def callback(seen: Seen) -> Any:
@@ -136,7 +129,7 @@ def callback(seen: Seen) -> Any:
 
     class Ends(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            seen.watch_model(model)
+            model.register_forward_pre_hook(seen.look, with_kwargs=True)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             seen.watch.ends.append(time.perf_counter())
