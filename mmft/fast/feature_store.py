@@ -49,6 +49,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 def holds(setting: Setting) -> tuple[bool, str]:
     """Whether features can stand in for pixels here, from structure alone."""
     recipe, model = setting.recipe, setting.adapted.backbone.model
+    if chat_of(setting.renderer) is None and recipe.objective.cache_features:
+        return False, "objective.cache_features keeps what frozen towers say, in the same store"
     if chat_of(setting.renderer) is None:
         return False, f"rows of {recipe.objective.name} reach the model by a way of their own"
     if setting.samples and not any(map(_shown, setting.samples)):

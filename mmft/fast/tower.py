@@ -59,30 +59,36 @@ class Tower:
         return out
 
     def digest(self, processor: Any) -> str:
-        """sha256 of all that a feature depends on beside the picture: weights in memory, config, processor, precision,
-        attention, and the kernels that compute it. About a second for each gigabyte of the tower."""
-        told = hashlib.sha256()
-        for name, value in sorted(self.model.state_dict().items()):
-            if self.parts.part_of(name) in FROZEN and isinstance(value, Tensor):
-                told.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                told.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        config = self.model.config.to_dict()
-        subs = [self.model.config, *(getattr(self.model.config, name, None) for name in self.model.config.sub_configs)]
-        where = next(self.model.parameters()).device.type
-        held = {
-            "version": _VERSION,
-            "class": type(self.model).__name__,
-            "config": {name: value for name, value in config.items() if not name.startswith("_")},
-            "attention": [getattr(sub, "_attn_implementation", None) for sub in subs],
-            "processor": _described(processor),
-            "precision": [str(self.model.dtype), self.autocast],
-            "kernels": [torch.__version__, transformers.__version__, where, torch.get_num_threads()],
-            "processor unit": torch.backends.cpu.get_cpu_capability()
-            if where == "cpu"
-            else torch.cuda.get_device_name(),
-        }
-        told.update(json.dumps(held, sort_keys=True, default=str).encode())
-        return told.hexdigest()
+        """`space_of` the tower and the projector."""
+        weights = [
+            (name, value) for name, value in self.model.state_dict().items() if self.parts.part_of(name) in FROZEN
+        ]
+        return space_of(self.model, weights, processor=processor, autocast=self.autocast)
+
+
+def space_of(model: Any, weights: Sequence[tuple[str, Any]], *, processor: Any = None, autocast: bool) -> str:
+    """sha256 of all that a feature depends on beside its input: named weights in memory, config, processor, precision,
+    attention, and the kernels that compute it. About a second for each gigabyte of weights."""
+    told = hashlib.sha256()
+    for name, value in sorted(weights, key=lambda one: one[0]):
+        if isinstance(value, Tensor):
+            told.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            told.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    config = model.config.to_dict()
+    subs = [model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)]
+    where = next(model.parameters()).device.type
+    held = {
+        "version": _VERSION,
+        "class": type(model).__name__,
+        "config": {name: value for name, value in config.items() if not name.startswith("_")},
+        "attention": [getattr(sub, "_attn_implementation", None) for sub in subs],
+        "processor": _described(processor),
+        "precision": [str(model.dtype), autocast],
+        "kernels": [torch.__version__, transformers.__version__, where, torch.get_num_threads()],
+        "processor unit": torch.backends.cpu.get_cpu_capability() if where == "cpu" else torch.cuda.get_device_name(),
+    }
+    told.update(json.dumps(held, sort_keys=True, default=str).encode())
+    return told.hexdigest()
 
 
 def _described(processor: Any) -> list[str]:

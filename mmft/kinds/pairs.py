@@ -22,6 +22,8 @@ from mmft.engine.callbacks import Callback
 from mmft.engine.memory import estimate_memory
 from mmft.errors import ExportError
 from mmft.evaluation.pairs import embed_pairs, largest_difference
+from mmft.fast.slabs import Slabs, cache_folder
+from mmft.fast.tower import space_of
 from mmft.files import write_json
 from mmft.kinds.base import Datasets, Kind, folder_section
 from mmft.kinds.forgetting import RESULT as PROBE
@@ -31,6 +33,7 @@ from mmft.objectives.base import Objective
 from mmft.objectives.contrastive import ContrastiveObjective
 from mmft.objectives.contrastive_embed import scales
 from mmft.objectives.contrastive_locked import LockedTower, check_locked, lock_towers
+from mmft.paths import cache_limit
 from mmft.recipe.schema import Recipe
 from mmft.runfolder import RunFolder, read_json
 
@@ -70,7 +73,7 @@ class Pairs(Kind):
         """InfoNCE or the sigmoid loss over whole optimizer steps; frozen towers remember their features if asked to."""
         objective = ContrastiveObjective(adapted.model, kind=recipe.objective.loss)
         if recipe.objective.cache_features:
-            remember(adapted, datasets)
+            remember(adapted, datasets, recipe)
         return objective
 
     def watchers(self, run: RunFolder, adapted: Adapted, datasets: Datasets) -> list[Callback]:
@@ -137,13 +140,19 @@ class Pairs(Kind):
         write_pair_preview(samples, renderer, path, rows=rows)
 
 
-def remember(adapted: Adapted, datasets: Datasets) -> list[LockedTower]:
-    """Lock the towers on which nothing is trained, and check on a row that this changes nothing.
+def remember(adapted: Adapted, datasets: Datasets, recipe: Recipe) -> list[LockedTower]:
+    """Lock the towers on which nothing is trained, and check on a row that this changes nothing. What they say is kept
+    in the feature store too, but of pictures that the recipe changes from epoch to epoch.
 
     Raises RecipeError when every tower is trained.
     """
     set_modes(adapted)
     towers = lock_towers(adapted.model)
+    for tower in towers:
+        if tower.side == "text" or not recipe.data.augmentation:
+            weights = list(tower.tower.state_dict().items())
+            space = space_of(adapted.backbone.model, weights, autocast=recipe.train.bf16)
+            tower.keep_on(Slabs(cache_folder() / space[:16], limit=cache_limit(), root=cache_folder()), space)
     renderer, sample = datasets.renderer, datasets.train[0]
     assert isinstance(renderer, PairRenderer)
     first, dtype = next(adapted.model.parameters()), adapted.backbone.model.dtype

@@ -6,9 +6,9 @@
 
 A row's address is the sha256 of its own input tensors, without padding, and of the precision it is computed in. A
 changed picture (an augmented one) or text is another row, so an answer can never be a stale one; at worst it is never
-asked for twice. Kept are the tower's pooled outputs (a text's first token too, which some models project), in memory,
-at most `bound` bytes; rows that find no room are computed each time. Projections and scale stay outside, so that they
-may be trained.
+asked for twice. Kept are the tower's pooled outputs (a text's first token too, which some models project; `whole`: all
+states), in memory, at most `bound` bytes, and on a `disk` that other runs share. Rows that find no room are computed
+each time. Projections and scale stay outside, so that they may be trained.
 
 Price: a row is computed by itself, not in a batch, so that its features are the same bits in every order of the data,
 on any number of processes and after a resume. That is slower once (about two times on a CPU) and free afterwards.
@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,16 +33,35 @@ BOUND = 1 << 30
 _TOWERS: dict[Side, str] = {"image": "vision_model", "audio": "audio_model", "text": "text_model"}
 
 
-class LockedTower:
-    """One tower's memory. It stands in for the tower's `forward` until `release`."""
+class Disk(Protocol):
+    """Where answers are kept beyond this process, by a hex sha256."""
 
-    def __init__(self, tower: nn.Module, side: Side, *, bound: int = BOUND) -> None:
-        self.tower, self.side, self.bound = tower, side, bound
+    def get(self, key: str) -> Mapping[str, Tensor] | None:
+        """The tensors, or None."""
+        ...
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether there was room."""
+        ...
+
+
+class LockedTower:
+    """One tower's memory. It stands in for the tower's `forward` until `release`. `keep_on` gives it a disk, with the
+    digest of all that an answer depends on beside the row."""
+
+    def __init__(self, tower: nn.Module, side: Side, *, bound: int = BOUND, whole: bool = False) -> None:
+        self.tower, self.side, self.bound, self.whole = tower, side, bound, whole
+        self.disk: Disk | None = None
+        self.space = b""
         self.hits = self.misses = self.bytes = 0
         self._kept: dict[bytes, dict[str, Tensor]] = {}
         self._forward: Callable[..., Any] = tower.forward
         self._names = list(inspect.signature(tower.forward).parameters)
         tower.forward = self  # type: ignore[assignment]
+
+    def keep_on(self, disk: Disk, space: str) -> None:
+        """Look on a disk for what is not in memory, and keep there what is computed."""
+        self.disk, self.space = disk, space.encode()
 
     def release(self) -> None:
         """Give the tower its own forward back."""
@@ -59,23 +78,38 @@ class LockedTower:
         found = []
         for row in _rows(tensors, text=self.side == "text"):
             mark = address(row)
-            answer = self._kept.get(mark)
+            answer = self._kept.get(mark) or self._stored(mark, row)
             if answer is None:
                 self.misses += 1
                 with torch.no_grad():
                     answer = self._told(self._forward(**row, **others))
                 self._keep(mark, answer)
+                if self.disk is not None:
+                    self.disk.put(self._key(mark), answer)
             else:
                 self.hits += 1
             found.append(answer)
         told: dict[str, Any] = {key: torch.cat([answer[key] for answer in found]) for key in found[0]}
         return BaseModelOutputWithPooling(**told)
 
+    def _key(self, mark: bytes) -> str:
+        return hashlib.sha256(self.space + mark).hexdigest()
+
+    def _stored(self, mark: bytes, row: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """The answer on the disk, in memory too from then on where that has room."""
+        found = None if self.disk is None else self.disk.get(self._key(mark))
+        if found is None:
+            return None
+        where = next(iter(row.values())).device
+        answer = {key: value.clone() if value.device == where else value.to(where) for key, value in found.items()}
+        self._keep(mark, answer)
+        return answer
+
     def _told(self, out: Any) -> dict[str, Tensor]:
         """What is kept of a row, each a copy: the tower may have given a view of more."""
-        told = {"pooler_output": out.pooler_output}
-        if self.side == "text":
-            told["last_hidden_state"] = out.last_hidden_state[:, :1]
+        told = {"pooler_output": out.get("pooler_output") if self.whole else out.pooler_output}
+        if self.whole or self.side == "text":
+            told["last_hidden_state"] = out.last_hidden_state if self.whole else out.last_hidden_state[:, :1]
         return {key: value.clone() for key, value in told.items() if value is not None}
 
     def _keep(self, mark: bytes, answer: dict[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ own byte pairs, captions of 6 to 14 words, batch 64, bf16. Arms:
     open_clip   as it ships: `lock_image_tower`, the text tower trained whole at 77 tokens (it has no LoRA), amp_bf16
     mmft        the same LoRA, every tower computed in every epoch
     mmft cache  `objective.cache_features`: the locked tower says each picture once
+    mmft later  the same with what an earlier run kept on disk
 
 Printed: samples/s after the first step, of the first epoch and of later ones, peak anonymous memory, ratio to `clip`
 with its range over the rounds, and by how much the first step's loss differs from `clip`'s.
@@ -21,6 +22,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,6 +37,7 @@ from tests.bench.watch import Watch
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 64
+KEPT = ("mmft cache", "mmft later")
 WORDS = (
     "red",
     "blue",
@@ -104,7 +107,7 @@ def recipe_of(given: dict[str, Any], folder: Path) -> Any:
             "model": {"name_or_path": given["model"], "dtype": "bfloat16"},
             "adapter": {"targets": ["language.attention", "language.mlp"], "lora_rank": 16, "lora_alpha": 32},
             "data": {"train": given["rows"]},
-            "objective": {"name": "contrastive", "cache_features": given["arm"] == "mmft cache"},
+            "objective": {"name": "contrastive", "cache_features": given["arm"] in KEPT},
             "train": {
                 "output_dir": str(folder),
                 "per_device_train_batch_size": BATCH,
@@ -222,12 +225,18 @@ def table(given: argparse.Namespace, folder: Path) -> None:
     rows = save_pairs(folder / f"pairs-{given.pairs}", given.pairs)
     told = {"model": str(save_clip(folder / "clip")), "rows": str(rows), "pairs": given.pairs}
     told["steps"] = given.pairs * given.epochs // BATCH
-    arms = ["clip", "open_clip", "mmft", "mmft cache"]
+    arms = ["clip", "open_clip", "mmft", *KEPT]
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     for turn in range(given.rounds):
         for arm in arms if turn % 2 == 0 else reversed(arms):
             words = [sys.executable, "-m", "tests.bench.bench_contrastive", "--arm", json.dumps({**told, "arm": arm})]
-            done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+            cache = folder / "cache" / arm
+            if arm != "mmft later":
+                shutil.rmtree(cache, ignore_errors=True)
+            elif not cache.exists():
+                subprocess.run(words, cwd=ROOT, capture_output=True, env={**os.environ, "MMFT_CACHE": str(cache)})
+            environment = {**os.environ, "MMFT_CACHE": str(cache)}
+            done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
             if done.returncode:
                 raise SystemExit(f"{arm}\n{done.stderr[-3000:]}")
             found[arm].append(json.loads(done.stdout.splitlines()[-1]))

@@ -242,6 +242,18 @@ ROWS: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
     ),
     (
         "feature_store",
+        "objectives/contrastive_locked.py",
+        (
+            (
+                "a locked tower's address leaves the tower out",
+                "hashlib.sha256(self.space + mark)",
+                "hashlib.sha256(mark)",
+                "objectives/test_locked.py::test_a_key_is_of_the_tower_and_the_row",
+            ),
+        ),
+    ),
+    (
+        "feature_store",
         "data/preference_render.py",
         (
             (
@@ -271,8 +283,8 @@ ROWS: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
             ("the projector does not count", 'FROZEN = ("vision", "projector")', 'FROZEN = ("vision",)', _MISSES),
             (
                 "the precision does not count",
-                "[str(self.model.dtype), self.autocast]",
-                "[str(self.model.dtype)]",
+                "[str(model.dtype), autocast]",
+                "[str(model.dtype)]",
                 _MISSES,
             ),
             (

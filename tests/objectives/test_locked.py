@@ -10,10 +10,13 @@ import mmft
 from mmft.adapters.build import build_adapters, set_modes
 from mmft.backbones.load import load_backbone
 from mmft.errors import RecipeError
+from mmft.journal import Journal
 from mmft.kinds import kind_of
+from mmft.kinds.pairs import remember
 from mmft.objectives.contrastive_embed import embed
 from mmft.objectives.contrastive_locked import address, lock_towers
 from mmft.recipe.load import load_recipe
+from mmft.stages import load_datasets
 from tests.objectives.pairs import values
 from tests.runs import adapter_sha, read_lines
 
@@ -100,3 +103,59 @@ def test_a_resumed_run_with_memory_ends_in_the_same_bytes(tmp_path):
 def test_it_is_refused_where_every_tower_is_trained(tmp_path):
     with pytest.raises(RecipeError, match=r"every tower is trained \(image: 24 tensors, such as .*; text: "):
         mmft.train(values(tmp_path, {**NO_MERGE, "objective.cache_features": True}), quiet=True)
+
+
+def _kept_towers(tmp_path, changes=None):
+    recipe = load_recipe(values(tmp_path, {**LOCKED, **NO_MERGE, **(changes or {})}))
+    backbone = load_backbone(recipe.model)
+    datasets = load_datasets(recipe, backbone.processor, Journal(None, quiet=True))
+    adapted = build_adapters(backbone, recipe.adapter, seed=0)
+    return adapted, datasets, recipe
+
+
+def test_a_later_run_finds_what_an_earlier_one_kept(tmp_path, monkeypatch):
+    """On disk, by the tower's weights: the same bits, and nothing computed but what is new."""
+    monkeypatch.setenv("MMFT_CACHE", str(tmp_path / "cache"))
+    texts = ["red", "a green square", "not blue"]
+    found = []
+    for changed in (False, False, True):
+        adapted, datasets, recipe = _kept_towers(tmp_path)
+        if changed:
+            next(adapted.backbone.model.text_model.parameters()).data.flatten()[0] += 1.0
+        (tower,) = remember(adapted, datasets, recipe)
+        before = tower.misses
+        found.append(
+            (embed(adapted.model, datasets.renderer.encode_texts(texts), "text"), before, tower.misses - before)
+        )
+        assert tower.side == "text" and len(list((tmp_path / "cache").rglob("*.slab"))) > 0
+        plain = tower._forward(**datasets.renderer.encode_texts(texts[:1])).pooler_output
+        assert torch.equal(tower(**datasets.renderer.encode_texts(texts[:1])).pooler_output, plain)
+    (first, *cold), (second, *warm), (_, *other) = found
+    assert torch.equal(first, second) and cold == [1, 2] and warm == [0, 0] and other == [1, 2]
+
+
+def test_pictures_that_change_are_not_kept_beyond_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMFT_CACHE", str(tmp_path / "cache"))
+    text = {"adapter.targets": ["language.attention"]}
+    for more, kept in (({}, True), ({"data.augmentation": {"horizontal_flip": 0.5}}, False)):
+        adapted, datasets, recipe = _kept_towers(tmp_path, {**text, **more})
+        (tower,) = remember(adapted, datasets, recipe)
+        assert tower.side == "image" and (tower.disk is not None) == kept
+
+
+def test_plan_tells_of_the_store(tmp_path):
+    reason = {}
+    for on in (True, False):
+        plan = mmft.plan(values(tmp_path, {**LOCKED, **NO_MERGE, "objective.cache_features": on}))
+        reason[on] = next(row[2] for row in plan["fast"] if row[0] == "feature_store")
+    assert "in the same store" in reason[True] and "a way of their own" in reason[False]
+
+
+def test_a_key_is_of_the_tower_and_the_row(tmp_path):
+    adapted, _ = _dual(tmp_path)
+    (tower,) = lock_towers(adapted.model)
+    keys = set()
+    for space in ("a", "b"):
+        tower.keep_on({}, space)  # type: ignore[arg-type]
+        keys |= {tower._key(b"one"), tower._key(b"two")}
+    assert len(keys) == 4

@@ -21,7 +21,7 @@ class ContrastiveFields(Section):
 
     cache_features: bool | None = None
     """true: compute what a tower that is not trained says of a picture or text once, and keep it in memory (1 GB a
-    tower); an error where every tower is trained."""
+    tower) and in the feature store for later runs; an error where every tower is trained."""
     probe_set: str | None = None
     """Evaluation set that must not be forgotten: its R@1 is taken before training and at every evaluation."""
     probe_max_drop: Share = 0.05
