@@ -32,6 +32,7 @@ from mmft.data.preference_render import PreferenceBatch
 from mmft.data.render import Rendered, Renderer
 from mmft.data.sample import MediaRef, Sample
 from mmft.errors import MmftError
+from mmft.fast import kept_tower
 from mmft.fast.plan import Candidate, NotHere, Setting, Work
 from mmft.fast.slabs import Slabs, cache_folder
 from mmft.fast.stored import FEATURES, StoredRenderer, chat_of, rendered, with_chat
@@ -51,7 +52,8 @@ def holds(setting: Setting) -> tuple[bool, str]:
     recipe, model = setting.recipe, setting.adapted.backbone.model
     if chat_of(setting.renderer) is None and recipe.objective.cache_features:
         return False, "objective.cache_features keeps what frozen towers say, in the same store"
-    if chat_of(setting.renderer) is None:
+    by_pixels = kept_tower.takes(setting)
+    if chat_of(setting.renderer) is None and not by_pixels:
         return False, f"rows of {recipe.objective.name} reach the model by a way of their own"
     if setting.samples and not any(map(_shown, setting.samples)):
         return False, "no row has a picture"
@@ -61,6 +63,8 @@ def holds(setting: Setting) -> tuple[bool, str]:
         return False, f"a row holds {other}, and only features of pictures are kept"
     if recipe.data.augmentation:
         return False, "data.augmentation changes the pictures from epoch to epoch"
+    if by_pixels:
+        return kept_tower.holds(setting)
     takes = "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters and hasattr(
         model, "get_image_features"
     )
@@ -94,8 +98,10 @@ def saves(setting: Setting) -> str:
     train = setting.recipe.train
     seen = len(shown) * (train.num_train_epochs if train.max_steps is None else 1)
     again = 1 - len(set(shown)) / seen if seen else 0.0
-    told = f"opening and encoding a picture seen before ({share:.0%} of the weights)"
-    also = "" if isinstance(setting.renderer, Renderer) else "; answers, samplings and the reference share one encoding"
+    what = "encoding" if kept_tower.takes(setting) else "opening and encoding"
+    told = f"{what} a picture seen before ({share:.0%} of the weights)"
+    alone = isinstance(setting.renderer, Renderer) or kept_tower.takes(setting)
+    also = "" if alone else "; answers, samplings and the reference share one encoding"
     return f"{told}; {max(again, 0.0):.0%} of this run's are, and all of a later run's{also}"
 
 
@@ -103,7 +109,8 @@ def install(setting: Setting, work: Work) -> Work:
     """The renderer that looks into the store and the function that puts features into a batch, after a proof on one
     row: logits with features equal those with pixels bit for bit."""
     renderer = chat_of(work.renderer)
-    assert renderer is not None
+    if renderer is None:
+        return kept_tower.install(setting, work)
     set_modes(setting.adapted)
     _refuse_dropout(setting)
     tower = Tower(setting.adapted, autocast=setting.recipe.train.bf16)
