@@ -50,7 +50,7 @@ def run(told: dict[str, Any]) -> dict[str, Any]:
     from mmft.fast import stored
     from mmft.fast.slabs import Slabs
     from mmft.quiet import quiet_upstream
-    from tests.bench import arms
+    from tests.bench import arms, watch
 
     spent: dict[str, float] = {}
     for owner, name, label in (
@@ -62,10 +62,10 @@ def run(told: dict[str, Any]) -> dict[str, Any]:
     ):
         timed(owner, name, spent, label)
 
-    class Watch(arms.Watch):
+    class Watch(watch.Watch):
         def on_step(self, state: Any, metrics: dict[str, float]) -> None:
             super().on_step(state, metrics)
-            if len(self.ends) == arms.WARM:
+            if len(self.ends) == watch.WARM:
                 spent.clear()
 
     arms.Watch = Watch  # type: ignore[misc]
@@ -73,7 +73,7 @@ def run(told: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     with tempfile.TemporaryDirectory(prefix="mmft-bench-") as name:
         found = arms.run_mmft(told, Path(name))
-    rows = told["batch"] * (told["steps"] - arms.WARM)
+    rows = told["batch"] * (told["steps"] - watch.WARM)
     return {**found, "spent": {name: value / rows for name, value in sorted(spent.items())}}
 
 

@@ -18,6 +18,7 @@ _LAST = "fast/test_last_layer.py"
 _OTHERS = "fast/test_store_objectives.py"
 _PIXELS = f"{_OTHERS}::test_loss_and_gradients_are_those_of_pixels"
 _ONCE = f"{_OTHERS}::test_a_picture_is_encoded_once_for_all_forwards_and_then_never"
+_KEPT = "fast/test_kept_tower.py"
 _MISSES = "fast/test_feature_store.py::test_one_weight_one_setting_one_pixel_are_misses"
 
 ROWS: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
@@ -249,6 +250,30 @@ ROWS: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
                 "hashlib.sha256(self.space + mark)",
                 "hashlib.sha256(mark)",
                 "objectives/test_locked.py::test_a_key_is_of_the_tower_and_the_row",
+            ),
+        ),
+    ),
+    (
+        "feature_store",
+        "fast/kept_tower.py",
+        (
+            (
+                "a trained tower is kept",
+                "if value.requires_grad), None)",
+                "if not value.is_leaf), None)",
+                f"{_KEPT}::test_plan_tells_of_it_and_why_not",
+            ),
+            (
+                "a loss with other states passes",
+                "if not apart <= allowed or",
+                "if",
+                f"{_KEPT}::test_a_tower_that_is_told_otherwise_is_found_at_the_start",
+            ),
+            (
+                "the tower stays as it was made",
+                "undo=(*work.undo, kept.release)",
+                "undo=work.undo",
+                f"{_KEPT}::test_each_picture_is_encoded_once_for_all_its_captions_and_runs",
             ),
         ),
     ),

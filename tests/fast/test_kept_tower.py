@@ -1,5 +1,5 @@
-"""Kept states of a frozen tower for captions, joint and dual learning: the same loss and gradients, each picture encoded
-once, refused with the reason where it would not be exact."""
+"""Kept states of a frozen tower for captions, joint and dual learning: the same loss and gradients, each picture is
+encoded once, refused with the reason where it would not be exact."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from mmft.journal import Journal
 from mmft.kinds import kind_of
 from mmft.recipe.load import load_recipe
 from mmft.stages import load_datasets
-from tests.objectives import captioners
+from tests.objectives import captioners, pairs
+from tests.objectives.joints import tiny_joint
 from tests.runs import read_lines
 
 COLD = {"data.eval": [], "adapter.lora_dropout": 0.0, "objective.captions_per_image": 0}
@@ -110,6 +111,29 @@ def test_a_tower_that_is_told_otherwise_is_found_at_the_start(tmp_path, monkeypa
     row = next(row for row in plan.rows if row.name == "feature_store")
     assert not row.on and "the loss with kept states differs" in row.reason and not work.undo
     assert "forward" not in kept_tower.tower_of(setting)[1].__dict__
+
+
+JOINTS = {"joint": tiny_joint, "dual": tiny_joint}
+
+
+@pytest.mark.parametrize("name", JOINTS)
+def test_joint_and_dual_learning(tmp_path, name):
+    changes = {
+        "model.name_or_path": str(JOINTS[name]()),
+        "adapter.targets": ["language.attention"],
+        "adapter.lora_dropout": 0.0,
+        "objective": {"name": name},
+        "data.eval": [],
+    }
+    setting, plain = made(pairs.values(tmp_path, changes))
+    want, grads = step(setting, plain, range(4))
+    plan, work = install(fast_plan(setting), setting, plain)
+    row = next(row for row in plan.rows if row.name == "feature_store")
+    assert row.on, row.reason
+    for _ in range(2):
+        loss, found = step(setting, work, range(4))
+        assert torch.allclose(loss, want, rtol=1e-5) and float((found - grads).norm() / grads.norm()) < 1e-5
+    work.release()
 
 
 def test_a_run_is_the_run_without(tmp_path):
