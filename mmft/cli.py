@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -355,6 +357,12 @@ def data(
     _show({"rows": str(path)}, as_json=as_json, text=str(path))
 
 
+def _ends_so(code: int) -> None:
+    """From here on a second signal ends the process at once with the status of the first, which it stopped for."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda *_: os._exit(code))
+
+
 def main() -> None:
     """Run the command line; an MmftError becomes its text and its exit code, a traceback only with --debug."""
     debug = "--debug" in sys.argv
@@ -366,6 +374,10 @@ def main() -> None:
             raise
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)
+    except SystemExit as stop:
+        if isinstance(stop.code, int) and stop.code > 128:
+            _ends_so(stop.code)
+        raise
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -313,7 +314,10 @@ def _train(
             identity={},
         )
         accelerator = make_accelerator(section)
-        Engine(job, accelerator=accelerator, journal=Journal(None, quiet=True), callbacks=[losses]).fit(resume=False)
+        engine = Engine(job, accelerator=accelerator, journal=Journal(None, quiet=True), callbacks=[losses])
+        stopped = engine.fit(resume=False).stopped or ""
+    if stopped.startswith("signal"):  # Ctrl-C interrupts the caller too, who has no half-trained model
+        signal.raise_signal(int(stopped.split()[1]))
     return losses.values
 
 

@@ -34,8 +34,9 @@ from mmft.data.stream_files import Fetch
 from mmft.data.streaming import Streamed, open_streams
 from mmft.engine.budget import with_memory
 from mmft.engine.callbacks import Callback, MetricsWriter, Progress
-from mmft.engine.guards import Interrupted
+from mmft.engine.guards import Interrupted, StopSignals
 from mmft.engine.loop import Engine, TrainJob
+from mmft.engine.meeting import MEETING
 from mmft.engine.sharding import is_sharded, refuse_launcher
 from mmft.engine.state import TrainState
 from mmft.engine.step_memory import Peak
@@ -79,7 +80,7 @@ def make_accelerator(section: TrainSection) -> Accelerator:
         log_with=list(section.report_to) or None,
         project_dir=str(section.output_dir),
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=section.ddp_timeout)),
+            InitProcessGroupKwargs(init_method=MEETING, timeout=timedelta(seconds=section.ddp_timeout)),
         ],
     )
 
@@ -316,16 +317,17 @@ def train_stage(
     callbacks = [Progress(run.journal), *watchers, writer, *extra]
     engine = Engine(job, accelerator=accelerator, journal=run.journal, callbacks=callbacks)
     begin = time.monotonic()
-    try:
-        with Peak() as peak:
-            state = engine.fit(resume=resume)
-    finally:
-        work.release()
-    if accelerator.is_main_process:
-        _write_facts(run, adapted, state, seconds=time.monotonic() - begin, rows=len(datasets.train), plan=plan)
-        if memory is not None:
-            write_json(run.facts, read_json(run.facts) | {"memory": memory.to_json() | {"peak": peak.bytes}})
-    _raise_signal(run, state)
+    with StopSignals() as signals:
+        try:
+            with Peak() as peak:
+                state = engine.fit(resume=resume, signals=signals)
+        finally:
+            work.release()
+        if accelerator.is_main_process:
+            _write_facts(run, adapted, state, seconds=time.monotonic() - begin, rows=len(datasets.train), plan=plan)
+            if memory is not None:
+                write_json(run.facts, read_json(run.facts) | {"memory": memory.to_json() | {"peak": peak.bytes}})
+        _raise_signal(run, state)
     return state
 
 

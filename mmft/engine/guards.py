@@ -60,10 +60,15 @@ def memory_errors(where: str, ids: Sequence[str]) -> Iterator[None]:
 
 
 class StopSignals:
-    """While open, the first SIGTERM, SIGINT or SIGUSR1 asks for a stop after the current step; the second ends now."""
+    """While open, the first SIGTERM, SIGINT or SIGUSR1 asks for a stop after the current step; the second ends now.
+
+    `heeded` is set by who stopped for it. A signal that came too late to be heeded is sent again on leaving: what
+    handled it before decides then.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.heeded = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -80,9 +85,11 @@ class StopSignals:
             os._exit(128 + number)
         self.received = number
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if self.received is not None and not self.heeded and kind is None:
+            signal.raise_signal(self.received)
 
 
 class Interrupted(SystemExit):

@@ -85,8 +85,9 @@ class Engine:
 
     # -- the way through a run ------------------------------------------------------------------------------------
 
-    def fit(self, *, resume: bool) -> TrainState:
+    def fit(self, *, resume: bool, signals: StopSignals | None = None) -> TrainState:
         """Train to the last step, or stop early; returns the final state (`stopped` says why, None if at the end).
+        `signals`: open ones of a caller who has more to do before a second signal may end the process otherwise.
 
         Raises NonFiniteError, CheckpointError, DataError; a signal sets `stopped` to its number after a checkpoint.
         """
@@ -98,8 +99,8 @@ class Engine:
         for callback in self.callbacks:
             callback.on_start(state, job.total_steps)
         try:
-            with StopSignals() as signals:
-                while not self._train(signals):
+            with nullcontext(signals) if signals is not None else StopSignals() as stops:
+                while not self._train(stops):
                     pass
             if not (state.stopped or "").startswith("signal"):
                 self._finish()
@@ -123,6 +124,7 @@ class Engine:
             if self._any_signal(signals):
                 self.save()
                 state.stopped = f"signal {signals.received or 0}"
+                signals.heeded = True
             if state.stopped:
                 break
         return True

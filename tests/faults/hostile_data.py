@@ -127,7 +127,9 @@ def escapes(tally: Tally, count: int) -> None:
     for value in values:
         with tally.trial(repr(value)[:40]):
             seen = answer(lambda value=value: _escape(tally.folder, value), tally.folder, seconds=30)  # type: ignore[misc]
-            expect(seen["bad"] == 1 and seen["good"] == 0, f"it was taken: {seen}")
+            expect(len(seen["bad"]) == 1 and seen["good"] == 0, f"it was taken: {seen}")
+            where, reason = seen["bad"][0]
+            expect(where.endswith("rows.jsonl:1") and bool(reason), f"line and reason are not told: {where} {reason}")
             expect(not seen["opened"], f"opened: {seen['opened'][:3]}")
             expect(seen["seconds"] < 1.0, f"{seen['seconds']:.2f} s")
             tally.measure(seen["seconds"])
@@ -171,7 +173,11 @@ def _escape(folder: Path, value: str) -> dict[str, Any]:
 
     sys.addaudithook(hook)
     begin = time.monotonic()
-    loaded = load_samples(DataSource(path=str(root / "rows.jsonl"), format="qa"), seed=0)
+    try:
+        loaded = load_samples(DataSource(path=str(root / "rows.jsonl"), format="qa"), seed=0)
+        bad, good = loaded.bad, len(loaded.samples)
+    except DataError as error:  # a text that is none: no row of the file can be read
+        bad, good = [(problem.where or "", problem.what) for problem in error.problems[1:]], 0
     ref = MediaRef(path=value, root=str(root))
     for reader in (media_digest, lambda ref: open_image(ref, max_pixels=10**6)):
         try:
@@ -180,8 +186,8 @@ def _escape(folder: Path, value: str) -> dict[str, Any]:
         except (DataError, ValueError):
             pass
     return {
-        "bad": len(loaded.bad),
-        "good": len(loaded.samples),
+        "bad": bad,
+        "good": good,
         "opened": opened,
         "seconds": time.monotonic() - begin,
     }

@@ -16,8 +16,10 @@ from tests.faults.trial import Fault, Tally, digest, expect, finish, ledger, rec
 
 TIMEOUT = 8
 """`train.ddp_timeout` of the trials in which a process hangs."""
-KILLED_TIMEOUT = 20
+KILLED_TIMEOUT = 15
 """The same where one is killed: before the two have met, no closed connection tells the other."""
+GONE = 30.0
+"""Seconds after a kill in which the other one must be gone: the timeout, and as much for a machine with other work."""
 
 
 def _world(rank: int, port: int) -> dict[str, str]:
@@ -70,13 +72,15 @@ def lost_rank(tally: Tally, count: int) -> None:
         with tally.trial(f"rank {int(rank)} killed"):
             place = tally.place("run")
             pids = two(values, place)
-            time.sleep(tally.draw.uniform(0.3, 1.0) * length)
+            early = number in (2, 3)  # before the two have met, or as they meet
+            time.sleep(tally.draw.uniform(0.0, 0.2) * length if early else tally.draw.uniform(0.3, 1.0) * length)
             killed = time.monotonic()
             os.kill(pids[int(rank)], signal.SIGKILL)
             code = wait(pids[1 - int(rank)], seconds=60)
             wait(pids[int(rank)])
-            tally.measure(time.monotonic() - killed)
-            expect(time.monotonic() - killed <= 30, "the other process lived on")
+            spent = time.monotonic() - killed
+            tally.measure(spent)
+            expect(spent <= GONE, f"the other process lived on for {spent:.0f} s")
             if code == 0:
                 expect((run_of(place) / "report.json").exists(), "exit 0 of an unfinished run")
             if number % 5 == 4:

@@ -198,9 +198,10 @@ def told_to_stop(tally: Tally, count: int) -> None:
             time.sleep(tally.draw.uniform(0, 0.05))
         else:
             time.sleep(tally.draw.uniform(0.1, 0.95) * length)
-        sent, training = time.monotonic(), 0 < len(ledger(run_of(place))) < STEPS - 1
+        sent, begun = time.monotonic(), bool(ledger(run_of(place)))
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
+        training = begun and len(ledger(run_of(place))) < STEPS  # still: it came between the first and the last step
         twice = landed % 5 == 4
         if twice:
             time.sleep(0.05)
@@ -208,7 +209,7 @@ def told_to_stop(tally: Tally, count: int) -> None:
                 os.kill(pid, number)
         code = wait(pid)
         spent = time.monotonic() - sent
-        if code == 0 and (run_of(place) / "report.json").exists():
+        if code == 0 and not training and (run_of(place) / "report.json").exists():
             continue  # the run was over before the signal
         landed += 1
         with tally.trial(f"{number.name} {'twice ' if twice else ''}in trial {landed}"):
@@ -217,16 +218,42 @@ def told_to_stop(tally: Tally, count: int) -> None:
             events = run_of(place) / "events.jsonl"
             graceful = events.is_file() and "stopped by signal" in events.read_text()
             expect(code in (128 + number, -number), f"exit {code}: {log[-500:]}")
-            expect(code > 0 or not training, f"{number.name} between steps ended the run without a checkpoint")
+            late = twice and graceful  # the second signal met a process that had nothing left to do but to end
+            expect(code > 0 or not training or late, f"{number.name} between steps ended the run without a checkpoint")
             expect("Traceback" not in log, log[-800:])
             if twice:
                 expect(spent < 2.0 or graceful, f"{spent:.1f} s after the second signal")
             elif graceful:
                 stopped = max(step for step, _, _ in ledger(run_of(place)))
                 expect(newest(run_of(place)) == stopped, f"no checkpoint of step {stopped}, where it stopped")
-            code = finish(train(values, place, resume=True), place / "log")
-            expect(code == 0, f"exit {code} on resuming: {(place / 'log').read_text()[-500:]}")
-            same(digest(run_of(place)), wanted)
+            _goes_on(values, place, wanted)
+    for number in kinds[: max(1, count // 20)]:
+        with tally.trial(f"{number.name} again, while the stop is noted"):
+            place = tally.place("run")
+            code = finish(train(values, place, prepare=lambda number=number: _again(number)), place / "log")  # type: ignore[misc]
+            expect(code == 128 + number, f"exit {code}: {(place / 'log').read_text()[-500:]}")
+            expect(newest(run_of(place)) == 5, f"the newest checkpoint is of step {newest(run_of(place))}")
+            _goes_on(values, place, wanted)
+
+
+def _goes_on(values: dict[str, Any], place: Path, wanted: dict[str, Any]) -> None:
+    code = finish(train(values, place, resume=True), place / "log")
+    expect(code == 0, f"exit {code} on resuming: {(place / 'log').read_text()[-500:]}")
+    same(digest(run_of(place)), wanted)
+
+
+def _again(number: int) -> None:
+    """The signal after step 5, and once more after its checkpoint was written."""
+    from mmft import stages
+
+    inner = stages._write_facts
+
+    def noted(*given: Any, **how: Any) -> None:
+        os.kill(os.getpid(), number)
+        inner(*given, **how)
+
+    stages._write_facts = noted
+    at_step(5, lambda: os.kill(os.getpid(), number))()
 
 
 FAULTS = (

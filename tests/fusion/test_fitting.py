@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 
 import numpy as np
 import pandas as pd
@@ -105,6 +106,16 @@ def test_the_columns_are_printed(folder, capsys):
     assert "paths of image files" not in capsys.readouterr().err
     with pytest.raises(DataError, match=r"no column 'photo' \(image\)"):
         fitted.predict(frame(12, 0).drop(columns="photo"))
+
+
+def test_an_interrupt_reaches_the_caller(folder, monkeypatch):
+    """The engine stops after its step; half a fit is not taken for one."""
+    steps = []
+    monkeypatch.setattr(fitting._Losses, "on_step", lambda *_: steps.append(1) or signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        fit(frame(40, 0), label="y", encoders={"text": str(folder / "bert")}, columns={"photo": "ignored"}, epochs=2)
+    assert len(steps) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_same_seed_gives_the_same_model_and_frozen_encoders_stay(folder):
