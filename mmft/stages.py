@@ -313,8 +313,7 @@ def train_stage(
         | {f"reward {name}": source_digest(reward) for name, reward in datasets.rewards.items()},
     )
     job, memory = with_memory(job, run.journal, accelerator, fast=fast.on("lora_fused"))
-    watchers = kind_of(recipe).watchers(run, adapted, datasets)
-    callbacks = [Progress(run.journal), *watchers, writer, *extra]
+    callbacks = [Progress(run.journal), *kind_of(recipe).watchers(run, adapted, datasets), writer, *extra]
     engine = Engine(job, accelerator=accelerator, journal=run.journal, callbacks=callbacks)
     begin = time.monotonic()
     with StopSignals() as signals:
