@@ -20,6 +20,10 @@ KILLED_TIMEOUT = 15
 """The same where one is killed: before the two have met, no closed connection tells the other."""
 GONE = 30.0
 """Seconds after a kill in which the other one must be gone: the timeout, and as much for a machine with other work."""
+PATIENCE = 30.0
+"""Seconds that torch's launcher gives a process between SIGTERM, which a stopped one does not see, and SIGKILL."""
+SLACK = 30.0
+"""Seconds for a step, two processes' ends and the launcher's, on a machine with other work; 3 s on a quiet one."""
 
 
 def _world(rank: int, port: int) -> dict[str, str]:
@@ -153,7 +157,7 @@ def _hangs_below_launcher(tally: Tally, wanted: dict[str, Any]) -> None:
     spent = time.monotonic() - begin
     tally.measure(spent)
     expect(code != 0, "exit 0")
-    expect(spent <= TIMEOUT + 40, f"{spent:.0f} s with a timeout of {TIMEOUT} s")
+    expect(spent <= TIMEOUT + PATIENCE + SLACK, f"{spent:.0f} s with a timeout of {TIMEOUT} s")
     expect(not Path(f"/proc/{stopped}").exists(), "the hanging process is still there")
     _both(values, place, resume=True)
     same(digest(run_of(place)), wanted)
