@@ -46,7 +46,7 @@ test-mutants: $(VENV)/.test  ## one-line breaks of mmft, each of which must make
 	$(BIN)/python -m tests.mutants
 	$(BIN)/python -m tests.mutants --only fast
 
-bench: $(VENV)/.test  ## the fast path against transformers' Trainer and TRL (BENCH="--workload smolvlm --data four --epochs 3")
+bench: $(VENV)/.test  ## the fast path against transformers' Trainer, TRL, ms-swift, LLaMA-Factory (BENCH="--workload smolvlm --data four --epochs 3")
 	$(BIN)/python -m tests.bench.bench $(BENCH)
 
 bench-rl: $(VENV)/.test  ## the recipes that learn from preferences and rewards, whole, three seeds each (about an hour)

@@ -1,4 +1,5 @@
-"""`make bench`: mmft against transformers' Trainer and TRL on the same rows, alternating, each arm a fresh process.
+"""`make bench`: mmft against transformers' Trainer, TRL, ms-swift and LLaMA-Factory on the same rows, alternating, each
+arm a fresh process.
 
     python -m tests.bench.bench --workload llava --data vqa --rounds 3 --steps 24
     python -m tests.bench.bench --workload smolvlm --data four --epochs 3 --arms hf plain all warm
@@ -176,11 +177,11 @@ def table(found: dict[str, list[dict[str, Any]]], given: argparse.Namespace, roo
 
 def main() -> None:
     """Alternate the arms for some rounds and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--workload", choices=tuple(PIXELS), default="llava")
     parser.add_argument("--data", choices=tuple(LENGTHS), default="vqa")
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps of an arm, warm-up included")
-    parser.add_argument("--peer-steps", type=int, help="steps of hf and trl, whose speed is that of any step")
+    parser.add_argument("--peer-steps", type=int, help="steps of arms other than mmft, whose speed is that of any step")
     parser.add_argument("--peer", action="append", default=[], help="swift=PYTHON or llamafactory=PYTHON")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over the rows in those steps")
