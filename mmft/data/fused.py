@@ -164,6 +164,7 @@ class FusedRenderer:
             supervised=len(samples),
             tokens=real or len(samples),
             padding=all_tokens - real,
+            counted=tuple((sample.source, 1) for sample in samples),
         )
 
     def targets(self, samples: Sequence[Sample]) -> Tensor:

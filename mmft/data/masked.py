@@ -84,4 +84,8 @@ class MaskedRenderer(PairRenderer):
             supervised=int((labels != IGNORED).sum()),
             tokens=tokens,
             padding=ids.numel() - tokens,
+            counted=tuple(
+                (sample.source, count)
+                for (sample, _), count in zip(rows, (labels != IGNORED).sum(1).tolist(), strict=True)
+            ),
         )

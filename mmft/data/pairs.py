@@ -250,6 +250,7 @@ class PairRenderer:
             supervised=len(rows),
             tokens=tokens,
             padding=ids.numel() - tokens,
+            counted=tuple((sample.source, 1) for sample, _ in rows),
         )
 
     def encode_texts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:

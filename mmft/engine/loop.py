@@ -60,6 +60,7 @@ class Engine:
         self.masters = Masters(job.adapted.trainable())
         self.params = self.masters.weights
         self.updates = int(getattr(job.objective, "updates", 1))
+        self._told = str(getattr(job.objective, "told_by_source", "loss"))
         updates = job.total_steps * self.updates
         self.optimizer = build_optimizer(job.adapted, job.section, self.params, total_steps=updates)
         self.state = TrainState()
@@ -224,7 +225,7 @@ class Engine:
         self.ranks.sum_gradients(self.params)
         norm = float(torch.nn.utils.clip_grad_norm_(self.params.values(), section.max_grad_norm or float("inf")))
         logged = sorted({name for pair in job.objective.metrics.values() for name in pair} - {"count"})
-        logged += [f"{what} of {source}" for source in job.sources for what in ("loss", "terms")]
+        logged += [f"{what} of {source}" for source in job.sources for what in (self._told, "terms")]
         loss_sum, *found = self.ranks.sum([sums["loss"], *(sums.get(name, 0.0) for name in logged)])
         loss = loss_sum / max(count, 1)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -238,11 +239,11 @@ class Engine:
         return loss, norm, {**dict(zip(logged, found, strict=True)), "count": count}
 
     def _by_source(self, logs: dict[str, float]) -> dict[str, float]:
-        """Mean loss and terms (supervised tokens, pairs) of each data set that is in the step."""
+        """Mean loss (online: reward) and terms (supervised tokens, pairs) of each data set that is in the step."""
         found: dict[str, float] = {}
         for source in self.job.sources:
             if terms := logs[f"terms of {source}"]:
-                found |= {f"loss/{source}": logs[f"loss of {source}"] / terms, f"terms/{source}": terms}
+                found |= {f"{self._told}/{source}": logs[f"{self._told} of {source}"] / terms, f"terms/{source}": terms}
         return found
 
     def _skip(self, loss: float, norm: float, ids: Sequence[str]) -> None:

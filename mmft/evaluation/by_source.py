@@ -1,4 +1,4 @@
-"""Training loss by data set, from the `loss/NAME` and `terms/NAME` of metrics.jsonl."""
+"""Training loss (online: reward) by data set, from `loss/NAME` or `reward/NAME` and `terms/NAME` of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ MOST_CURVES = 10
 _STRETCH = 10
 
 
+def told_of(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """What the lines tell of each data set: loss or reward."""
+    return "reward" if any(key.startswith("reward/") for row in metrics for key in row) else "loss"
+
+
 def source_curves(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
-    """The loss of each data set over steps; of many sets those with the most terms. {} for runs of one set."""
+    """The loss (or reward) of each data set over steps; of many sets those with the most terms. {} for one set."""
     found = _logged(metrics)
     largest = sorted(found, key=lambda name: -sum(terms for _, _, terms in found[name]))[:MOST_CURVES]
     return {name: [(step, loss) for step, loss, _ in found[name]] for name in found if name in largest}
 
 
 def source_table(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Columns and rows: data set, share of the terms of the logged steps, mean loss over the first and the last tenth
-    of its logged steps (a mean over terms)."""
+    """Columns and rows: data set, share of the terms of the logged steps, mean loss (or reward) over the first and the
+    last tenth of its logged steps (a mean over terms)."""
     found = _logged(metrics)
     if not found:
         return None
@@ -30,7 +35,9 @@ def source_table(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         size = -(-len(logged) // _STRETCH)
         share = sum(terms for _, _, terms in logged) / total
         rows.append([name, f"{share:.1%}", f"{_mean(logged[:size]):.4f}", f"{_mean(logged[-size:]):.4f}"])
-    return {"columns": ["data set", "share of the loss's terms", "loss at first", "loss at last"], "rows": rows}
+    what = told_of(metrics)
+    columns = ["data set", "share of the terms", f"{what} at first", f"{what} at last"]
+    return {"what": what, "columns": columns, "rows": rows}
 
 
 def _mean(rows: Sequence[tuple[float, float, float]]) -> float:
@@ -38,11 +45,12 @@ def _mean(rows: Sequence[tuple[float, float, float]]) -> float:
 
 
 def _logged(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float, float]]]:
-    """Data set -> (step, mean loss, terms); a resumed run's later line of a step wins."""
+    """Data set -> (step, mean, terms); a resumed run's later line of a step wins."""
+    before = f"{told_of(metrics)}/"
     found: dict[str, dict[float, tuple[float, float]]] = {}
     for row in metrics:
         for key, loss in row.items():
-            name = key.removeprefix("loss/")
+            name = key.removeprefix(before)
             terms = row.get(f"terms/{name}")
             if name != key and isinstance(loss, int | float) and isinstance(terms, int | float) and terms > 0:
                 found.setdefault(name, {})[float(row["step"])] = (float(loss), float(terms))

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from mmft.errors import CheckpointError
 from mmft.evaluation.answers import PredictionStore
-from mmft.evaluation.by_source import source_curves, source_table
+from mmft.evaluation.by_source import source_curves, source_table, told_of
 from mmft.evaluation.cards import changed_cards
 from mmft.evaluation.class_charts import class_figures
 from mmft.evaluation.plots import Lane, Mark, Point, forest_chart, legend_shape, line_chart
@@ -267,7 +267,8 @@ def _chart(title: str, series: Mapping[str, Sequence[Point]], *, x_label: str) -
 
 
 def _by_source(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{**one, "css": "many"} for one in _chart("Loss by data set", source_curves(metrics), x_label="step")]
+    title = f"{told_of(metrics).capitalize()} by data set"
+    return [{**one, "css": "many"} for one in _chart(title, source_curves(metrics), x_label="step")]
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], key: str) -> list[Point]:

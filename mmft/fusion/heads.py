@@ -76,19 +76,30 @@ def check_labels(config: FusionConfig, labels: Tensor) -> None:
         )
 
 
-def count_of(config: FusionConfig, labels: Tensor) -> int:
-    """The count of `loss_of`, known before any forward: labelled rows (single label, cumulative), known entries (multi-
-    label, regression), conditional comparisons (CORN: sum over k of the rows with label >= k)."""
+def counts_of(config: FusionConfig, labels: Tensor) -> Tensor:
+    """(B,) what each row adds to the count of `loss_of`, known before any forward: 1 of a labelled row (single label,
+    cumulative), its known entries (multi-label, regression), its conditional comparisons (CORN: k with label >= k)."""
     if config.task in ("multi_label", "regression"):
-        return int((~torch.isnan(labels)).sum())
-    known = labels[labels != IGNORED]
+        return (~torch.isnan(labels)).sum(dim=1)
+    known = labels != IGNORED
     if config.task == "ordinal" and config.ordinal_rule == "corn":
-        return int(torch.clamp(known + 1, max=config.num_outputs).sum())
-    return len(known)
+        return torch.clamp(labels + 1, max=config.num_outputs).masked_fill(~known, 0)
+    return known.long()
+
+
+def count_of(config: FusionConfig, labels: Tensor) -> int:
+    """The count of `loss_of`."""
+    return int(counts_of(config, labels).sum())
 
 
 def loss_of(config: FusionConfig, outputs: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """(sum, count) in float32, or float64 for float64 outputs. Raises DataError by `check_labels`.
+    """(sum, count): `losses_of` added up."""
+    return losses_of(config, outputs, labels).sum(), count_of(config, labels)
+
+
+def losses_of(config: FusionConfig, outputs: Tensor, labels: Tensor) -> Tensor:
+    """(B,) each row's loss in float32, or float64 for float64 outputs; 0 of one without a label. Raises DataError by
+    `check_labels`.
 
     single_label: `-sum_c q_c log p_c`, q = the label smoothed to `(1 - e) [c = y] + e / C`; focal (Lin et al. 2017):
     times `(1 - p_y)^gamma`; class weights: times `w_y`.
@@ -100,13 +111,12 @@ def loss_of(config: FusionConfig, outputs: Tensor, labels: Tensor) -> tuple[Tens
     """
     check_labels(config, labels)
     outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
-    count = count_of(config, labels)
     if config.task == "regression":
         known = ~torch.isnan(labels)
-        wanted = standardise(config, labels.to(outputs.dtype))
-        return ((outputs - wanted)[known] ** 2).sum(), count
+        wanted = standardise(config, labels.to(outputs.dtype)).where(known, outputs.detach())
+        return ((outputs - wanted) ** 2).sum(dim=1)
     if config.task == "multi_label":
-        return _multi_label(config, outputs, labels), count
+        return _multi_label(config, outputs, labels)
     rows = labels != IGNORED
     outputs, labels = outputs[rows], labels[rows].long()
     weights = outputs.new_tensor(config.class_weights or [1.0] * int(config.num_labels or 0))[labels]
@@ -123,7 +133,7 @@ def loss_of(config: FusionConfig, outputs: Tensor, labels: Tensor) -> tuple[Tens
         per_row = terms.masked_fill(~asked, 0.0).sum(dim=1)
     else:
         per_row = -_cumulative_logs(outputs).gather(1, labels[:, None]).squeeze(1)
-    return (per_row * weights).sum(), count
+    return outputs.new_zeros(len(rows)).masked_scatter(rows, per_row * weights)
 
 
 def probabilities(config: FusionConfig, outputs: Tensor) -> Tensor:
@@ -185,7 +195,7 @@ def _multi_label(config: FusionConfig, outputs: Tensor, labels: Tensor) -> Tenso
         terms = terms * _focus(F.logsigmoid(outputs * (2 * truth - 1)), config.focal_gamma)
     if config.class_weights is not None:
         terms = terms * outputs.new_tensor(config.class_weights)
-    return terms.masked_fill(~known, 0.0).sum()
+    return terms.masked_fill(~known, 0.0).sum(dim=1)
 
 
 def _cumulative_logs(outputs: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from mmft.errors import DataError, choices
 from mmft.fusion.config import TABLE, FusionConfig, encoder_config
 from mmft.fusion.encoders import ModalityEncoder, build_tower, tower_of
 from mmft.fusion.features import Features, drop_modalities, scatter_rows
-from mmft.fusion.heads import Head, loss_of
+from mmft.fusion.heads import Head, count_of, losses_of
 from mmft.fusion.late import LateFusion
 from mmft.fusion.layers import Pooling
 from mmft.fusion.strategies import STRATEGY_CLASSES, EarlyFusion, LowRankTensor, WeightedSum
@@ -33,13 +33,14 @@ _MASKS = ("attention_mask", "frame_mask", "mask")
 @dataclass
 class FusionOutput(ModelOutput):
     """What `FusionModel` returns: `logits` (B, O); `loss_sum` (with the auxiliary losses) and `loss_count`, and `loss`
-    = sum / count; `modality_logits` (B, M, O) where modalities have heads; `vector` (B, D), None for late fusion;
-    `present` (B, M), what each row was seen with (after modality dropout)."""
+    = sum / count; `row_losses` (B,), whose sum is `loss_sum`; `modality_logits` (B, M, O) where modalities have heads;
+    `vector` (B, D), None for late fusion; `present` (B, M), what each row was seen with (after modality dropout)."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     loss_sum: Tensor | None = None
     loss_count: Tensor | None = None
+    row_losses: Tensor | None = None
     modality_logits: Tensor | None = None
     vector: Tensor | None = None
     present: Tensor | None = None
@@ -231,19 +232,21 @@ class FusionModel(PreTrainedModel):
             logits = late.combine(own, there, logits)  # type: ignore[union-attr]
         result = FusionOutput(logits=logits, modality_logits=own, vector=vector, present=there)
         if labels is not None:
-            total, count = self._loss(logits, own, there, labels=labels.to(there.device))
-            result.loss_sum, result.loss_count = total, torch.tensor(count)
-            result.loss = total / max(count, 1)
+            labels = labels.to(there.device)
+            result.row_losses = self._losses(logits, own, there, labels=labels)
+            result.loss_sum, count = result.row_losses.sum(), count_of(self.config, labels)
+            result.loss_count, result.loss = torch.tensor(count), result.loss_sum / max(count, 1)
         return result
 
-    def _loss(self, logits: Any, own: Tensor | None, there: Tensor, *, labels: Tensor) -> tuple[Tensor, int]:
-        """The head's loss plus `auxiliary_weight` times that of each modality's own head on the rows that have it."""
-        total, count = loss_of(self.config, logits, labels)
+    def _losses(self, logits: Any, own: Tensor | None, there: Tensor, *, labels: Tensor) -> Tensor:
+        """(B,) the head's losses plus `auxiliary_weight` times those of each modality's own head where a row has it."""
+        total = losses_of(self.config, logits, labels)
         if self.config.auxiliary_weight and own is not None:
             for at in range(there.shape[1]):
                 rows = there[:, at]
-                total = total + self.config.auxiliary_weight * loss_of(self.config, own[rows, at], labels[rows])[0]
-        return total, count
+                part = self.config.auxiliary_weight * losses_of(self.config, own[rows, at], labels[rows])
+                total = total.index_add(0, rows.nonzero().flatten(), part)
+        return total
 
     def _present(self, modalities: Inputs, present: Mapping[str, Tensor] | None) -> Tensor:
         """(B, M) bool on the model's device."""

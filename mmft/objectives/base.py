@@ -18,23 +18,27 @@ from mmft.data.collate import Batch
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """`sum`: fp32 scalar with a graph; `count`: what it is a sum over; `logs`: further sums over the same count."""
+    """`sum`: fp32 scalar with a graph; `count`: what it is a sum over; `logs`: further sums over the same count;
+    `each`: what each row adds to the sum, without a graph, where the objective of a whole step tells it."""
 
     sum: Tensor
     count: int
     logs: dict[str, Tensor] = field(default_factory=dict)
+    each: Tensor | None = None
 
 
-def by_source(terms: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Logs `loss of NAME` and `terms of NAME` for the data sets in a batch, from the terms (n,) whose sum is its loss;
-    {} where the batch does not say whose they are."""
-    if sum(count for _, count in batch.counted) != len(terms):
+def by_source(terms: Tensor, batch: Batch, *, counts: Tensor | None = None, what: str = "loss") -> dict[str, Tensor]:
+    """Logs `loss of NAME` and `terms of NAME` for the data sets in a batch, from the terms (n,) whose sum is its loss,
+    or with `counts` (rows,) from what each row adds to the loss and to its count; {} where the batch does not say whose
+    they are. `what`: the name of what is summed."""
+    told = [count for _, count in batch.counted] if counts is None else [1] * len(batch.counted)
+    if sum(told) != len(terms):
         return {}
+    sizes = terms.new_tensor(told).double() if counts is None else counts.double()
     found: dict[str, Tensor] = {}
-    for (name, count), part in zip(
-        batch.counted, terms.detach().double().split([count for _, count in batch.counted]), strict=True
-    ):
-        for key, value in ((f"loss of {name}", part.sum()), (f"terms of {name}", part.new_tensor(count))):
+    parts = terms.detach().double().split(told)
+    for (name, _), part, size in zip(batch.counted, parts, sizes, strict=True):
+        for key, value in ((f"{what} of {name}", part.sum()), (f"terms of {name}", size)):
             found[key] = found[key] + value if key in found else value
     return found
 
@@ -43,6 +47,7 @@ class Objective(Protocol):
     """What the loop knows about an objective."""
 
     name: str
+    """Objectives may also have `told_by_source`: what by data set is told beside the terms, "loss" if not given."""
 
     @property
     def metrics(self) -> Mapping[str, tuple[str, str]]:

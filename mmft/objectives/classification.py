@@ -12,8 +12,8 @@ from mmft.data.collate import Batch
 from mmft.data.fused import nested
 from mmft.errors import BackboneError
 from mmft.fusion.config import FusionConfig
-from mmft.fusion.heads import IGNORED, count_of, decide
-from mmft.objectives.base import Loss
+from mmft.fusion.heads import IGNORED, count_of, counts_of, decide
+from mmft.objectives.base import Loss, by_source
 
 
 class ClassificationObjective:
@@ -44,7 +44,8 @@ class ClassificationObjective:
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """One forward."""
         out = model(**nested(batch.inputs), labels=batch.labels)
-        return Loss(out.loss_sum, int(out.loss_count), self._logs(out.logits.detach(), batch.labels))
+        parts = by_source(out.row_losses, batch, counts=counts_of(self.config, batch.labels))
+        return Loss(out.loss_sum, int(out.loss_count), self._logs(out.logits.detach(), batch.labels) | parts)
 
     def _logs(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Right decisions, and how many were made; for regression both are 0."""

@@ -48,7 +48,8 @@ def contrastive_loss(
     """Loss of embeddings of length one, `left` (n, width) and `right` (m, width) with groups (n,) and (m,).
 
     `sum / count` is the loss of the module's docstring, `count` the rows of `left` that belong to a group, and
-    `logs["correct"]` counts those whose nearest text is one of theirs. Computed in float32 (float64 if given so).
+    `logs["correct"]` counts those whose nearest text is one of theirs; `each` (n,) is a picture's share of the sum: its
+    own terms, and those of its texts (evenly, where they have several pictures). In float32 (float64 if given so).
     Price: the matrix of n * m similarities, once for each direction. Raises DataError when a group of `left` has no
     text or one of `right` no picture.
     """
@@ -58,20 +59,25 @@ def contrastive_loss(
     count = int((left_groups != EXTRA).sum())
     logits = similar * terms.left
     if kind == "infonce":
-        from_left, from_right = _direction(logits, positive), _direction(similar.T * terms.right, positive.T)
-        total = (from_left + from_right) * (count / 2)
+        from_left, _ = _direction(logits, positive)
+        from_right, texts = _direction(similar.T * terms.right, positive.T)
+        total = (from_left.mean() + from_right.mean()) * (count / 2)
+        each = similar.new_zeros(len(left)).masked_scatter(positive.any(1), from_left.detach() / len(from_left))
+        each = (each + (from_right.detach() / len(from_right)) @ texts) * (count / 2)
     else:
         sign = positive.to(similar.dtype) * 2 - 1
-        total = -F.logsigmoid(sign * (logits + terms.bias)).sum()
+        terms_of = -F.logsigmoid(sign * (logits + terms.bias))
+        total, each = terms_of.sum(), terms_of.detach().sum(1)
     best = logits.detach().argmax(dim=1, keepdim=True)
-    return Loss(sum=total, count=count, logs={"correct": positive.gather(1, best).sum()})
+    return Loss(total, count, {"correct": positive.gather(1, best).sum()}, each)
 
 
-def _direction(logits: Tensor, positive: Tensor) -> Tensor:
-    """Mean cross-entropy of the rows that have a positive column, spread evenly over their positives."""
+def _direction(logits: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each row that has a positive column, spread evenly over its positives, and those shares."""
     rows = positive.any(dim=1)
     weight = positive[rows].to(logits.dtype)
-    return -((F.log_softmax(logits[rows], dim=1) * weight).sum(1) / weight.sum(1)).mean()
+    shares = weight / weight.sum(1, keepdim=True)
+    return -(F.log_softmax(logits[rows], dim=1) * weight).sum(1) / weight.sum(1), shares
 
 
 def _check_pairs(positive: Tensor, left_groups: Tensor, right_groups: Tensor) -> None:

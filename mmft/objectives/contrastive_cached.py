@@ -12,6 +12,7 @@ rank takes the plain way. Every rank computes the whole matrix of similarities o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from mmft.data.collate import Batch
 from mmft.data.pairs import LEFT, RIGHT
-from mmft.objectives.base import Loss, StepContext
+from mmft.objectives.base import Loss, StepContext, by_source
 from mmft.objectives.contrastive_embed import Side, embed, scales
 from mmft.seeds import fold
 
@@ -45,7 +46,8 @@ class Matching(Matches, Protocol):
 def cached_step(objective: Matching, model: nn.Module, micros: Sequence[Batch], step: StepContext) -> dict[str, float]:
     """Accumulate the gradients of `loss.sum / step.count` over all rows of the step; sums of this rank's share.
 
-    The loss is the same on all ranks, so rank 0 reports it and the others report 0.
+    The loss is the same on all ranks, so rank 0 reports it and the others report 0; by data set each rank tells what
+    its own rows add.
     """
     both: tuple[Side, Side] = (objective.left, objective.right)
     if len(micros) == 1 and step.world == 1:
@@ -57,9 +59,25 @@ def cached_step(objective: Matching, model: nn.Module, micros: Sequence[Batch], 
         groups = [torch.cat([batch.inputs[name] for batch in micros]) for name in _GROUPS]
         loss, cached = gathered_loss(objective, model, local, groups, step=step)
         _second_pass(model, micros, both, cached=cached, step=step)
-    first = step.rank == 0
+    return reported(loss, micros, step)
+
+
+def reported(loss: Loss, micros: Sequence[Batch], step: StepContext) -> dict[str, float]:
+    """What a rank reports of the step's loss, whose `each` are its own rows."""
     sums = {"loss": loss.sum, **loss.logs}
-    return {name: float(value.detach()) if first else 0.0 for name, value in sums.items()}
+    found = {name: float(value.detach()) if step.rank == 0 else 0.0 for name, value in sums.items()}
+    return found | told_by_source(loss, micros)
+
+
+def told_by_source(loss: Loss, micros: Sequence[Batch]) -> dict[str, float]:
+    """`by_source` of the rows of several micro-batches."""
+    if loss.each is None or len(loss.each) != sum(len(batch.counted) for batch in micros):
+        return {}
+    found: dict[str, float] = {}
+    for batch, part in zip(micros, loss.each.split([len(batch.counted) for batch in micros]), strict=True):
+        for name, value in by_source(part, batch).items():
+            found[name] = found.get(name, 0.0) + float(value)
+    return found
 
 
 def _plain(objective: Matching, model: nn.Module, batch: Batch, step: StepContext) -> Loss:
@@ -99,13 +117,15 @@ def gathered_loss(
     *,
     step: StepContext,
 ) -> tuple[Loss, list[list[Tensor]]]:
-    """The step's loss; gradients at this rank's embeddings, by side and micro-batch. Scale and bias get theirs on
-    rank 0, because every rank would find the same and the ranks are summed."""
+    """The step's loss, with `each` of this rank's rows; gradients at its embeddings, by side and micro-batch. Scale and
+    bias get theirs on rank 0, because every rank would find the same and the ranks are summed."""
     own = [torch.cat(list(parts)).requires_grad_() for parts in local]
     groups = [value.to(own[0].device) for value in groups]
     wholes = [_gathered(value, step) for value in own]
-    labels = [_gathered(value, step) for value in groups]
-    loss = objective.matched(model, wholes[0], wholes[1], labels[0], labels[1])
+    labels = [_gathered(value, step)[0] for value in groups]
+    loss = objective.matched(model, wholes[0][0], wholes[1][0], labels[0], labels[1])
+    if loss.each is not None:
+        loss = replace(loss, each=loss.each[wholes[0][1] :][: len(own[0])])
     learned = [value for value in scales(model).values() if value.requires_grad]
     found = torch.autograd.grad(loss.sum / max(step.count, 1), [*own, *learned], allow_unused=True)
     if step.rank == 0:
@@ -137,10 +157,11 @@ def _second_pass(
                 frozen.add(side)
 
 
-def _gathered(own: Tensor, step: StepContext) -> Tensor:
-    """Rows of all ranks in the order of ranks; this rank's are `own` itself, so that gradients reach it."""
+def _gathered(own: Tensor, step: StepContext) -> tuple[Tensor, int]:
+    """Rows of all ranks in the order of ranks, and where this rank's begin, which are `own` itself, so that gradients
+    reach it."""
     if step.world == 1:
-        return own
+        return own, 0
     sizes = [torch.zeros(1, dtype=torch.int64, device=own.device) for _ in range(step.world)]
     dist.all_gather(sizes, torch.tensor([len(own)], device=own.device))
     longest = int(max(sizes))
@@ -150,4 +171,4 @@ def _gathered(own: Tensor, step: StepContext) -> Tensor:
     dist.all_gather(parts, padded)
     wholes = [part[: int(size)] for part, size in zip(parts, sizes, strict=True)]
     wholes[step.rank] = own
-    return torch.cat(wholes)
+    return torch.cat(wholes), int(sum(sizes[: step.rank]))

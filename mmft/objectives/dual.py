@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from mmft.data.pairs import EXTRA
 from mmft.objectives.contrastive import Kind
 from mmft.objectives.contrastive_embed import similarity
-from mmft.objectives.joint import JointObjective, Looked, Words, caption_count, log_likelihoods, partners
+from mmft.objectives.joint import JointObjective, Looked, Words, by_picture, caption_count, log_likelihoods, partners
 from mmft.objectives.joint_heads import Heads
 from mmft.seeds import fold
 
@@ -130,18 +130,18 @@ class DualObjective(JointObjective):
         table = caption_table(heads, looked, texts)
         finder = found_pictures(heads, looked.seen.embeds, looked.texts[texts])
         places = torch.arange(len(texts), device=texts.device)
-        found = {"caption": -table[places, pictures].sum()}
+        found = {"caption": by_picture(-table[places, pictures], pictures, looked)}
         if self.form == "duality":
             own = words.groups[texts][:, None] == words.left_groups[None, :]
-            found["duality"] = duality_terms(table, finder, own).sum()
+            found["duality"] = by_picture(duality_terms(table, finder, own), pictures, looked)
         else:
             lengths = words.mask[texts][:, 1:].sum(dim=1)
-            found["back"] = back_terms(table, finder, lengths).sum()
+            found["back"] = by_picture(back_terms(table, finder, lengths), pictures, looked)
             found |= self._there(heads, looked, seed=seed)
         return found
 
     def _there(self, heads: Heads, looked: Looked, *, seed: int) -> dict[str, Tensor]:
-        """A sampled caption for each picture: its terms' sum, and how many captions find their picture first."""
+        """A sampled caption for each picture: its terms, and how many captions find their picture first."""
         words = looked.words
         real = (words.left_groups != EXTRA).nonzero()[:, 0]
         tokens = looked.seen.tokens[real]
@@ -151,7 +151,7 @@ class DualObjective(JointObjective):
         own = words.left_groups[real][:, None] == words.left_groups[None, :]
         terms = there_terms(_inside(finder, own), log_likelihoods(heads, tokens, ids, mask))
         hits = own.gather(1, finder.argmax(dim=1, keepdim=True)).sum()
-        return {"there": terms.sum(), "returned": hits}
+        return {"there": by_picture(terms, real, looked), "returned": hits}
 
 
 def sampled_captions(heads: Heads, tokens: Tensor, words: Words, *, seed: int) -> tuple[Tensor, Tensor]:

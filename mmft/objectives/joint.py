@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from mmft.data.collate import Batch
 from mmft.data.pairs import EXTRA, LEFT, RIGHT
 from mmft.errors import BackboneError
-from mmft.objectives.base import Loss, StepContext
+from mmft.objectives.base import Loss, StepContext, by_source
 from mmft.objectives.contrastive import Kind, contrastive_loss
-from mmft.objectives.contrastive_cached import gathered_loss
+from mmft.objectives.contrastive_cached import gathered_loss, reported, told_by_source
 from mmft.objectives.contrastive_embed import clamp_scales, similarity
 from mmft.objectives.joint_heads import Heads, Seen, heads_of
 from mmft.objectives.sft import head_on_rows
@@ -103,8 +103,9 @@ def draw_wrong(logits: Tensor, own: Tensor, other: Tensor, *, seed: int) -> Tens
     return torch.minimum(place, last).to(logits.device)
 
 
-def matching_sum(heads: Heads, looked: Looked, *, seed: int) -> tuple[Tensor, Tensor]:
-    """(sum of the cross-entropies, number right) of the matching term; its count is `matching_count`."""
+def matching_terms(heads: Heads, looked: Looked, *, seed: int) -> tuple[Tensor, Tensor]:
+    """(what each picture and its texts add to the sum of cross-entropies (n,), number right) of the matching term; its
+    count is `matching_count`."""
     words, similar = looked.words, similarity(looked.seen.embeds, looked.texts).detach()
     terms = heads.scale()
     pictures, texts = partners(words.left_groups, words.groups)
@@ -122,7 +123,15 @@ def matching_sum(heads: Heads, looked: Looked, *, seed: int) -> tuple[Tensor, Te
     wanted[: len(pictures)] = 1
     logits = heads.match(looked.seen.tokens[rows], words.ids[columns], words.mask[columns])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, wanted, reduction="sum"), (logits.argmax(dim=1) == wanted).sum()
+    own = torch.zeros_like(right).index_copy(0, texts, pictures)
+    whose = torch.cat([pictures, some_pictures, own[some_texts]])
+    nats = F.cross_entropy(logits, wanted, reduction="none")
+    return by_picture(nats, whose, looked), (logits.argmax(dim=1) == wanted).sum()
+
+
+def by_picture(terms: Tensor, whose: Tensor, looked: Looked) -> Tensor:
+    """(n,) sums of terms (k,) by the picture `whose` (k,) they are."""
+    return terms.new_zeros(len(looked.words.left_groups)).index_add(0, whose, terms)
 
 
 def log_likelihoods(heads: Heads, tokens: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -138,11 +147,12 @@ def log_likelihoods(heads: Heads, tokens: Tensor, ids: Tensor, mask: Tensor) -> 
     return -nats.new_zeros(len(ids)).index_add(0, real.nonzero()[:, 0], nats)
 
 
-def caption_sum(heads: Heads, looked: Looked) -> Tensor:
-    """The caption term's sum over tokens; its count is `caption_count`."""
+def caption_terms(heads: Heads, looked: Looked) -> Tensor:
+    """What each picture's texts add to the caption term's sum over tokens, (n,); its count is `caption_count`."""
     words = looked.words
     pictures, texts = partners(words.left_groups, words.groups)
-    return -log_likelihoods(heads, looked.seen.tokens[pictures], words.ids[texts], words.mask[texts]).sum()
+    nats = log_likelihoods(heads, looked.seen.tokens[pictures], words.ids[texts], words.mask[texts])
+    return by_picture(-nats, pictures, looked)
 
 
 def matching_count(words: Words) -> int:
@@ -204,12 +214,12 @@ class JointObjective:
         return found
 
     def sums(self, heads: Heads, looked: Looked, *, seed: int) -> dict[str, Tensor]:
-        """Term -> sum with a graph, and further sums to be logged."""
+        """Term -> what each picture adds to its sum (n,) with a graph, and further sums to be logged."""
         found = {}
         if "matching" in self.weights:
-            found["matching"], found["matched"] = matching_sum(heads, looked, seed=fold(seed, "wrong"))
+            found["matching"], found["matched"] = matching_terms(heads, looked, seed=fold(seed, "wrong"))
         if "caption" in self.weights:
-            found["caption"] = caption_sum(heads, looked)
+            found["caption"] = caption_terms(heads, looked)
         return found
 
     def matched(self, model: nn.Module, left: Tensor, right: Tensor, left_groups: Tensor, right_groups: Tensor) -> Loss:
@@ -219,7 +229,8 @@ class JointObjective:
             left, right, left_groups=left_groups, right_groups=right_groups, terms=terms, kind=self.kind
         )
         weight = self.weights.get("contrastive", 0.0)
-        return Loss(loss.sum * weight, loss.count, {**loss.logs, "contrastive": loss.sum.detach()})
+        each = None if loss.each is None else loss.each * weight
+        return Loss(loss.sum * weight, loss.count, {**loss.logs, "contrastive": loss.sum.detach()}, each)
 
     # -- the engine's two doors ------------------------------------------------------------------------------------
 
@@ -244,14 +255,15 @@ class JointObjective:
                 looked = look(heads, placed[0], seed=step.seeds[0])
                 loss = self._whole(model, looked, seed=step.seeds[0], counts=counts)
             (loss.sum / max(step.count, 1)).backward()
-            return {"loss": float(loss.sum.detach()), **{name: float(value) for name, value in loss.logs.items()}}
-        sums, cached = self._contrasted(model, placed, step=step)
+            return reported(loss, micros, step)
+        sums, cached = self._contrasted(model, micros, placed, step=step)
         for number, inputs in enumerate(placed):
             with step.autocast():
                 looked = look(heads, inputs, seed=step.seeds[number])
                 torch.manual_seed(fold(step.seeds[number], "pairs"))
                 terms = self.sums(heads, looked, seed=step.seeds[number])
-                total, logs = self._combined(terms, counts=counts, times=step.count)
+                total, each, logs = self._combined(terms, looked, counts=counts, times=step.count)
+            logs |= {key: one for key, one in by_source(each, micros[number]).items() if key.startswith("loss of ")}
             down = total / max(step.count, 1)
             if cached is not None:
                 down = down + sum((value * cached[side][number]).sum() for side, value in _embedded(looked))
@@ -269,29 +281,40 @@ class JointObjective:
         words, seen = looked.words, looked.seen
         loss = self.matched(model, seen.embeds, looked.texts, words.left_groups, words.groups)
         terms = self.sums(heads_of(model), looked, seed=seed)
-        total, logs = self._combined(terms, counts=counts, times=loss.count)
-        return Loss(loss.sum + total, loss.count, {**loss.logs, **logs})
+        total, each, logs = self._combined(terms, looked, counts=counts, times=loss.count)
+        return Loss(
+            loss.sum + total, loss.count, {**loss.logs, **logs}, each if loss.each is None else each + loss.each
+        )
 
     def _combined(
-        self, terms: Mapping[str, Tensor], *, counts: Mapping[str, float], times: float
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """`times` the weighted sum of the terms' means, and the logs on the same footing."""
+        self, terms: Mapping[str, Tensor], looked: Looked, *, counts: Mapping[str, float], times: float
+    ) -> tuple[Any, Tensor, dict[str, Tensor]]:
+        """`times` the weighted sum of the terms' means, what each picture adds to it (n,), and the logs on the same
+        footing."""
         total: Any = torch.zeros(())
-        logs = {}
+        each, logs = torch.zeros_like(looked.words.left_groups, dtype=torch.float32), {}
         for name, value in terms.items():
-            share = value * (times / max(counts.get(_COUNTED_AS.get(name, name), 0), 1))
+            shares = value * (times / max(counts.get(_COUNTED_AS.get(name, name), 0), 1))
+            share = shares.sum()
             logs[name] = share.detach()
             if name in self.weights:
                 total = total + share * self.weights[name]
-        return total, logs
+                each = each + shares.detach() * self.weights[name]
+        return total, each, logs
 
     def _contrasted(
-        self, model: nn.Module, placed: Sequence[Mapping[str, Tensor]], *, step: StepContext
+        self,
+        model: nn.Module,
+        micros: Sequence[Batch],
+        placed: Sequence[Mapping[str, Tensor]],
+        *,
+        step: StepContext,
     ) -> tuple[dict[str, float], list[list[Tensor]] | None]:
         """The contrastive term of the step: this rank's sums, and gradients at its embeddings by side and micro-batch;
         the scale's gradient is in place."""
         if "contrastive" not in self.weights:
-            return {}, None
+            ones = [torch.zeros(len(batch.counted)) for batch in micros]
+            return told_by_source(Loss(torch.zeros(()), 0, each=torch.cat(ones)), micros), None
         heads, rows = heads_of(model), []
         with step.together(), torch.no_grad(), step.autocast():
             for number, inputs in enumerate(placed):
@@ -299,9 +322,7 @@ class JointObjective:
         local = [[row[side] for row in rows] for side in (0, 1)]
         groups = [torch.cat([inputs[name] for inputs in placed]) for name in (LEFT, RIGHT)]
         loss, cached = gathered_loss(self, model, local, groups, step=step)
-        first = step.rank == 0
-        sums = {"loss": loss.sum, **loss.logs}
-        return {name: float(value.detach()) if first else 0.0 for name, value in sums.items()}, cached
+        return reported(loss, micros, step), cached
 
 
 _COUNTED_AS = {"matched": "matching", "returned": "there"}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmft.data.collate import Batch
 from mmft.data.render import IGNORED
 from mmft.errors import BackboneError
-from mmft.objectives.base import Loss
+from mmft.objectives.base import Loss, by_source
 from mmft.objectives.contrastive_embed import unwrapped
 
 FLAVA = "FlavaForPreTraining"
@@ -76,4 +76,4 @@ class MaskedObjective:
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """One forward; `logs["correct"]` counts tokens found."""
         nats, hits = masked_nats(masked_logits(model, batch.inputs, kind=self.kind), batch.labels)
-        return Loss(sum=nats.sum(), count=batch.supervised, logs={"correct": hits.sum()})
+        return Loss(sum=nats.sum(), count=batch.supervised, logs={"correct": hits.sum()} | by_source(nats, batch))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mmft.data.collate import Batch
 from mmft.data.preference_render import PreferenceBatch
 from mmft.objectives import preference_losses as losses
-from mmft.objectives.base import Loss
+from mmft.objectives.base import Loss, by_source
 
 HEAD = "reward_head"
 """Name of the head on the adapted model."""
@@ -115,19 +115,19 @@ class RewardObjective:
         words = self.answer_weight > 0
         rewards, scores = judge(model, self.vocabulary, self.head, batch, ahead=self.ahead, words=words)
         owner, rank = batch.owner.to(rewards.device), batch.rank.to(rewards.device)
-        total = ranking_loss(rewards, owner, rank, batch.score.to(rewards) if self.margin else None).sum()
+        each = ranking_loss(rewards, owner, rank, batch.score.to(rewards) if self.margin else None)
         if self.centre_weight:
             sums = rewards.new_zeros(len(batch.ids)).index_add(0, owner, rewards)
-            total = total + self.centre_weight * (sums**2).sum()
+            each = each + self.centre_weight * sums**2
         gaps = _gaps(rewards.detach(), owner, rank)
         logs = {"right": (gaps > 0).sum(), "pairs": torch.tensor(len(gaps)), "margin": gaps.sum()}
         logs |= {"rewards": rewards.detach().sum(), "answers": torch.tensor(len(rewards))}
         if scores is not None:
             best = best_tokens(batch).to(scores.device)
-            each = F.cross_entropy(scores, best, reduction="none")
-            total = total + self.answer_weight * (each / torch.bincount(owner)[owner]).sum()
+            truth = F.cross_entropy(scores, best, reduction="none") / torch.bincount(owner)[owner]
+            each = each.index_add(0, owner, self.answer_weight * truth)
             logs["known"] = (scores.detach().argmax(-1) == best).sum()
-        return Loss(sum=total, count=len(batch.ids), logs=logs)
+        return Loss(sum=each.sum(), count=len(batch.ids), logs=logs | by_source(each, batch))
 
 
 def best_tokens(batch: PreferenceBatch) -> Tensor:

@@ -112,14 +112,20 @@ def test_a_resumed_run_ends_in_the_same_bytes(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(tmp_path):
-    mmft.train(values(tmp_path / "one", NO_MERGE), quiet=True)
+    sets = [{"path": str(pair_rows(20, seed)), "name": f"set{seed}"} for seed in (0, 3)]
+    changes = {**NO_MERGE, "data.train": sets}
+    mmft.train(values(tmp_path / "one", changes), quiet=True)
     path = tmp_path / "two.yaml"
-    path.write_text(yaml.safe_dump(values(tmp_path / "two", NO_MERGE)))
+    path.write_text(yaml.safe_dump(values(tmp_path / "two", changes)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     outcome = run_process(*launch, "-m", "mmft", "train", path, ACCELERATE_USE_CPU="true")
     assert outcome.code == 0, outcome.err[-3000:]
     one, two = (tmp_path / name / "runs" / "pairs" for name in ("one", "two"))
     assert _losses(two) == pytest.approx(_losses(one), rel=1e-5)
+    for left, right in zip(*(read_lines(run / "metrics.jsonl") for run in (one, two)), strict=True):
+        told = [key for key in left if key.startswith(("loss/", "terms/"))]
+        assert len(told) == 4
+        assert [left[key] for key in told] == pytest.approx([right[key] for key in told], rel=1e-5)
 
 
 # ---------------------------------------------------------------- what is refused

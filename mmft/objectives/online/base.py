@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mmft.data.collate import Batch
 from mmft.data.prompts import PromptBatch
 from mmft.errors import BackboneError
-from mmft.objectives.base import Loss, StepContext
+from mmft.objectives.base import Loss, StepContext, by_source
 from mmft.objectives.online.formulas import equal_groups, k3
 from mmft.objectives.online.policy import Policy, Scored
 from mmft.objectives.online.rollout import Attempt, Judge, Rollout, part_of
@@ -36,6 +36,8 @@ class OnlineObjective(ABC):
     """What GRPO, RLOO and PPO have in common; `loss` in a subclass is the policy's."""
 
     name: str
+    told_by_source = "reward"
+    """Of each data set; a policy's loss says nothing by set: within a group of answers advantages add up to 0."""
 
     def __init__(self, policy: Policy, sampler: Sampler, judge: Judge, *, section: ObjectiveSection, seed: int) -> None:
         self.policy, self.sampler, self.judge = policy, sampler, judge
@@ -147,6 +149,12 @@ class OnlineObjective(ABC):
                 "answers": len(drawn.tokens),
                 "unfinished": (~drawn.ended).sum(),
                 "equal_groups": equal_groups(rollout.groups(judged.total)).sum(),
+                **by_source(
+                    rollout.groups(judged.total).double().sum(1),
+                    rollout.batch,
+                    counts=torch.full((len(rollout.batch.counted),), float(rollout.k)),
+                    what=self.told_by_source,
+                ),
                 **self._divergence(rollout, step),
             }
             for name, value in found.items():
