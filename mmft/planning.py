@@ -25,9 +25,10 @@ from mmft.fast.plan import Setting
 from mmft.journal import Journal
 from mmft.kinds import kind_of
 from mmft.kinds.base import Kind
+from mmft.kinds.streams import rows_as_read, spaced
 from mmft.recipe.load import load_recipe
 from mmft.recipe.schema import ModelSection, Recipe
-from mmft.stages import fitting, rows_as_read, spaced
+from mmft.stages import fitting
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROBE_ROWS = 256

@@ -22,7 +22,7 @@ from mmft.backbones.load import Backbone
 from mmft.data.audit import audit
 from mmft.data.audit import fingerprint as fingerprint_samples
 from mmft.data.augment import Augmentation
-from mmft.data.formats import Loaded, load_all, load_many, source_name
+from mmft.data.formats import Loaded, load_many, source_name
 from mmft.data.lengths import lengths_of
 from mmft.data.loader import RowRenderer
 from mmft.data.order import StepPlan
@@ -31,7 +31,7 @@ from mmft.data.render import Renderer, TooLongError
 from mmft.data.sample import Sample
 from mmft.data.steps import plan_steps
 from mmft.data.stream_files import Fetch
-from mmft.data.streaming import Streamed, open_streams
+from mmft.data.streaming import Streamed
 from mmft.engine.budget import with_memory
 from mmft.engine.callbacks import Callback, MetricsWriter, Progress
 from mmft.engine.guards import Interrupted, StopSignals
@@ -50,6 +50,7 @@ from mmft.journal import Journal
 from mmft.kinds import kind_of
 from mmft.kinds.base import Datasets, check_formats
 from mmft.kinds.custom import ObjectiveFactory, make_custom, source_digest
+from mmft.kinds.streams import opened_streams, spaced
 from mmft.objectives.base import Objective
 from mmft.recipe.load import recipe_digest
 from mmft.recipe.schema import Recipe, TrainSection
@@ -96,7 +97,12 @@ def load_datasets(recipe: Recipe, processor: Any, journal: Journal, *, fetch: Fe
     plain = [source for source in data.train if not source.streaming]
     loaded = readable(load_many(plain, data, seed, wanted=kind.formats), data, workers=workers, journal=journal)
     train: Sequence[Sample] = fitting(_rows(recipe, loaded), renderer, journal, name="train")
-    columns = next((one.columns for one in loaded if one.columns is not None), None)
+    stream = None
+    if len(plain) < len(data.train):
+        train = stream = opened_streams(recipe, train, journal, fetch=fetch)
+        for line in stream.told():
+            journal.say(line)
+    columns = next((one.columns for one in (*loaded, *(stream.streamed if stream else ())) if one.columns), None)
     evals: dict[str, list[Sample]] = {}
     held = load_many(data.eval, data, seed, wanted=kind.formats, columns=columns)
     held = readable(held, data, workers=workers, journal=journal)
@@ -107,11 +113,6 @@ def load_datasets(recipe: Recipe, processor: Any, journal: Journal, *, fetch: Fe
     for one in loaded:
         journal.say(one.told())
         _tell_bad(one, journal)
-    stream = None
-    if len(plain) < len(data.train):
-        train = stream = open_streams(data, train, wanted=kind.formats, journal=journal, fetch=fetch)
-        for line in stream.told():
-            journal.say(line)
     if isinstance(renderer, Renderer):
         _warn_unstopped(spaced(train, SAMPLED_ROWS, renderer), renderer, journal)
     changes = Augmentation.of(data.augmentation, seed=seed)
@@ -122,23 +123,6 @@ def load_datasets(recipe: Recipe, processor: Any, journal: Journal, *, fetch: Fe
     if changes is not None:
         train = [dataclasses.replace(sample, augment=changes) for sample in train]
     return Datasets(kind.balanced(recipe, list(train)), evals, renderer, fingerprint_samples(train))
-
-
-def rows_as_read(recipe: Recipe) -> Sequence[Sample]:
-    """The training rows without a look at their lengths and media, to plan and to show; streamed ones as they come."""
-    kind, data = kind_of(recipe), recipe.data
-    plain = [source for source in data.train if not source.streaming]
-    held = kind.samples(recipe, load_all(plain, data, seed=recipe.train.seed, wanted=kind.formats))
-    if len(plain) == len(data.train):
-        return held
-    return open_streams(data, held, wanted=kind.formats, journal=Journal(None, quiet=True))
-
-
-def spaced(samples: Sequence[Sample], count: int, renderer: RowRenderer) -> Sequence[Sample]:
-    """About `count` rows, evenly spaced; of streamed sets the first good ones."""
-    if isinstance(samples, Streamed):
-        return samples.near(count, renderer if isinstance(renderer, Renderer) else None)
-    return samples[:: max(1, len(samples) // count)][:count]
 
 
 def _rows(recipe: Recipe, loaded: list[Loaded]) -> list[Sample]:

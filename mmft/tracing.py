@@ -32,10 +32,10 @@ from mmft.fast.packing import positions_of
 from mmft.fast.shown import step_lines, told
 from mmft.kinds import kind_of
 from mmft.kinds.base import Datasets
+from mmft.kinds.streams import rows_as_read
 from mmft.objectives.base import Objective
 from mmft.recipe.load import load_recipe
 from mmft.recipe.schema import Recipe
-from mmft.stages import rows_as_read
 
 Station = dict[str, Any]
 

@@ -74,8 +74,10 @@ class _MicroBatches(Dataset):
 
     def __getitem__(self, index: int) -> Batch | MmftError | None:
         try:
-            if isinstance(self._samples, Streamed) and isinstance(self._renderer, Renderer):
-                return self._of_stream(self._samples, self._renderer, self._work[index].rows)
+            if isinstance(self._samples, Streamed):
+                if isinstance(self._renderer, Renderer):
+                    return self._of_stream(self._samples, self._renderer, self._work[index].rows)
+                return _whole_of_stream(self._samples, self._renderer, self._work[index].rows)
             rows = [(self._samples[row], epoch) for row, epoch in self._work[index].rows]
             if not rows:
                 return None
@@ -113,6 +115,58 @@ class _MicroBatches(Dataset):
             raise DataError(f"all {len(samples)} rows are bad", where=left[0][0], do="mend the data")
         batch = collate(good, pad_token_id=self._pad_token_id, side=self._side)
         return dataclasses.replace(batch, ids=() if blank else batch.ids, left_out=tuple(left))
+
+
+def _whole_of_stream(samples: Streamed, renderer: Assembler, rows: Sequence[tuple[int, int]]) -> Batch:
+    """The batch of as many rows as are asked for: in the place of a bad one stands the next good one after it. That
+    depends on its number alone, so it is the same however a step is cut into batches."""
+    try:
+        return renderer.assemble([_taken(renderer, samples[row].at(epoch), epoch) for row, epoch in rows])
+    except MmftError as error:
+        if not samples.leaves_out(error):
+            raise
+    good: list[tuple[Sample, int]] = []
+    left: list[tuple[str, bool]] = []
+    for row, epoch in rows:
+        for further in range(len(samples)):
+            try:
+                found = _taken(renderer, samples[(row + further) % len(samples)].at(epoch), epoch)
+                renderer.assemble([found])
+            except MmftError as error:
+                if not samples.leaves_out(error):
+                    raise
+                if not further:
+                    problem = error.problems[0]
+                    left.append((f"{problem.where}: {problem.what}", not isinstance(error, TooLongError)))
+                continue
+            good.append(found)
+            break
+        else:
+            raise DataError(f"all {len(samples)} rows are bad", where=left[0][0], do="mend the data")
+    return dataclasses.replace(renderer.assemble(good), left_out=tuple(left))
+
+
+def _taken(renderer: Assembler, sample: Sample, epoch: int) -> tuple[Sample, int]:
+    """The row, where it is not longer than its batches may be. Raises TooLongError."""
+    if not getattr(renderer, "refuses_long", False) and renderer.over_length != "truncate_text":
+        length = renderer.length(sample)
+        if length > renderer.max_length:
+            raise TooLongError(
+                f"the row has {length} tokens",
+                where=sample.where or f"id {sample.id}",
+                allowed=f"at most {renderer.max_length} tokens (data.max_length)",
+                do="raise data.max_length, or set data.over_length to drop or truncate_text",
+            )
+    return sample, epoch
+
+
+def near(samples: Sequence[Sample], count: int, renderer: RowRenderer) -> list[Sample]:
+    """The first `count` rows; of streamed sets the first that can be made a batch of."""
+    if not isinstance(samples, Streamed):
+        return list(samples[:count])
+    if isinstance(renderer, Renderer):
+        return samples.near(count, renderer.render)
+    return samples.near(count, lambda sample: renderer.assemble([_taken(renderer, sample.at(0), 0)]))
 
 
 class _Steps(Sequence[MicroBatch]):

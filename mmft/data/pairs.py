@@ -147,6 +147,16 @@ def merge_pairs(samples: Sequence[Sample]) -> list[Sample]:
     return list(kept.values())
 
 
+def with_group(sample: Sample) -> Sample:
+    """The sample with its picture as the group, where it has none and the picture a name."""
+    ref = sample.media[0]
+    if ref.path is None or _GROUP in sample.tags:
+        return sample
+    return dataclasses.replace(
+        sample, tags={**sample.tags, _GROUP: f"{sample.source} {ref.root} {ref.path} {ref.span}"}
+    )
+
+
 def group_of(sample: Sample) -> int:
     """A number (63 bits) that rows which belong together share: that of their `group`, else of the row."""
     name = sample.tags.get(_GROUP)

@@ -32,6 +32,7 @@ from mmft.seeds import fold, generator
 Altered = Literal["crop", "other"]
 LEAST = float(torch.finfo(torch.bfloat16).min)
 """What a masked place gets: a number that 32- and 16-bit types both hold."""
+_MOST_DIGESTS = 1 << 16
 _CROPPED = 0.2
 """Largest share of a picture's area that is cut off (mDPO, Wang et al. 2024)."""
 
@@ -75,6 +76,9 @@ class PreferenceRenderer:
     `share`: the shared layout, for samples whose answers have the same pictures. `altered`: make changed pictures for
     the first answers, of (seed, epoch, id): a part cut off, or the pictures of another sample of `pool`.
     """
+
+    refuses_long = True
+    """A row that does not fit raises TooLongError when it is rendered."""
 
     def __init__(self, chat: Renderer, *, share: bool = False, altered: Altered | None = None, seed: int = 0) -> None:
         self.chat = chat
@@ -164,6 +168,8 @@ class PreferenceRenderer:
             value = fingerprint([dataclasses.replace(sample, id="", source="", tags={})])
             if made:
                 return value
+            if len(self._digests) >= _MOST_DIGESTS:
+                self._digests.clear()
             self._digests[name] = value
         return self._digests[name]
 

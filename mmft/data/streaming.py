@@ -11,28 +11,34 @@ import json
 import os
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import overload
 
 import numpy as np
 
 from mmft.data.augment import Augmentation
-from mmft.data.dialects import DIALECTS, RowContext
-from mmft.data.formats import guessed, source_name
+from mmft.data.dialects import RowContext
+from mmft.data.formats import PARSERS, TABLE, guessed, source_name
 from mmft.data.mixture import draws_of
 from mmft.data.readers import Row
-from mmft.data.render import Renderer, TooLongError
+from mmft.data.render import TooLongError
 from mmft.data.sample import Sample
 from mmft.data.stream_files import TOGETHER, Fetch, ShardError, StreamFiles
 from mmft.data.stream_order import StreamSet
 from mmft.data.stream_shards import Shard
+from mmft.data.tables import Columns
 from mmft.digests import sha256_bytes
 from mmft.errors import DataError, MmftError, Problem
 from mmft.journal import Journal
 from mmft.recipe.schema import DataSection, DataSource
 
+Learned = Callable[[Callable[[int], Sample], int, int], Sample]
+"""(rows by number, a number, how many there are) -> the row as an objective learns from it. It may ask for others."""
+Described = Callable[[Sequence[Row], Mapping[str, str]], Columns]
+"""(first rows, declared kinds) -> the columns of a table."""
 _LOOK = 20
 _OPEN = 64
 """Files of one set that a process keeps open (fetched ones: the shards of one group)."""
@@ -57,15 +63,34 @@ class _ByNumber(Sequence[Sample]):
         return self.row(number)
 
 
-class StreamedSet(_ByNumber):
-    """The rows of one streamed set of conversations. A row that is none raises DataError when it is asked for."""
+def _as_read(rows: Callable[[int], Sample], number: int, _: int) -> Sample:
+    return rows(number)
 
-    def __init__(self, source: DataSource, *, system: str | None, wanted: Sequence[str], fetch: Fetch | None) -> None:
+
+class StreamedSet(_ByNumber):
+    """The rows of one streamed set. One of which nothing can be learned raises DataError when it is asked for.
+
+    `wanted`: dialects that the objective learns from; `learned`: what it makes of a row; `described`: how it finds the
+    columns of a table.
+    """
+
+    def __init__(
+        self,
+        source: DataSource,
+        *,
+        system: str | None,
+        wanted: Sequence[str],
+        fetch: Fetch | None,
+        learned: Learned = _as_read,
+        described: Described | None = None,
+    ) -> None:
         path = Path(source.path)
         self.files = StreamFiles(path, fetch=fetch)
         self.name = source_name(source)
         root = Path(source.media_root) if source.media_root else self.files.root
         self._source, self._wanted, self._path = source, tuple(wanted), path
+        self._learned, self._described = learned, described
+        self.columns: Columns | None = None
         self._context = RowContext(name=self.name, root=root, columns=dict(source.columns), system=system)
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._process = os.getpid()
@@ -81,14 +106,18 @@ class StreamedSet(_ByNumber):
         return self.set.rows
 
     def row(self, number: int) -> Sample:
-        """One row by its number."""
+        """One row by its number, as it is learned from."""
+        return self._learned(self.read, number, len(self))
+
+    def read(self, number: int) -> Sample:
+        """One row by its number, as it stands in its file."""
         file = int(np.searchsorted(self.set.starts, number, side="right")) - 1
         shard = self._shard(file)
         where, row = shard.row(number - int(self.set.starts[file]))
         if isinstance(row, DataError):
             raise row
         try:
-            return shard.with_media(DIALECTS[self.format](row, where, number + 1, self._context))
+            return shard.with_media(PARSERS[self.format](row, where, number + 1, self._context))
         except DataError as error:
             raise DataError([problem.within(where) for problem in error.problems]) from error
 
@@ -96,16 +125,20 @@ class StreamedSet(_ByNumber):
     def format(self) -> str:
         """The dialect of the rows: as the recipe says, or as the first ones show."""
         if self._format is None:
-            form = self._source.format if self._source.format in DIALECTS else guessed(
-                self._first_rows(), self._source, self._path, self._wanted
-            )  # fmt: skip
-            if form not in DIALECTS:
+            form: str = self._source.format
+            if form not in PARSERS or form == TABLE:
+                first = self._first_rows()
+                form = form if form == TABLE else guessed(first, self._source, self._path, self._wanted)
+            if form not in self._wanted:
                 raise DataError(
-                    f"the rows of '{self.name}' are {form}, which are not streamed",
+                    f"the rows of '{self.name}' are {form}, which this objective does not learn from",
                     where=str(self._path),
-                    allowed=", ".join(DIALECTS),
-                    do="set data.train[].format, or take streaming away",
+                    allowed=", ".join(self._wanted),
+                    do="change objective.name, or set data.train[].format",
                 )
+            if form == TABLE and self._described is not None:
+                self.columns = self._described(first, self._source.columns)
+                self._context = replace(self._context, columns=self.columns.kinds)
             self._format = form
         return self._format
 
@@ -164,9 +197,9 @@ class Streamed(_ByNumber):
             return True
         return isinstance(error, DataError) and not isinstance(error, ShardError) and self.bad_allowed > 0
 
-    def near(self, count: int, renderer: Renderer | None = None) -> list[Sample]:
-        """Up to `count` of the first good rows (with `renderer`: those that can be rendered), as far as they can be
-        read without a `fetch` that is not there."""
+    def near(self, count: int, tried: Callable[[Sample], object] | None = None) -> list[Sample]:
+        """Up to `count` of the first good rows (those that `tried` does not refuse), as far as they can be read without
+        a `fetch` that is not there."""
         found: list[Sample] = []
         for part, first in zip(self.parts, self.starts, strict=False):
             if isinstance(part, StreamedSet) and not part.files.reachable(0):
@@ -175,8 +208,8 @@ class Streamed(_ByNumber):
             for number in range(min(len(part), count + _LOOK)):
                 try:
                     sample = self[int(first) + number]
-                    if renderer is not None:
-                        renderer.render(sample)
+                    if tried is not None:
+                        tried(sample)
                 except MmftError as error:
                     if not self.leaves_out(error):
                         raise
@@ -186,15 +219,21 @@ class Streamed(_ByNumber):
                     break
         return found[:: max(1, len(found) // count)][:count]
 
+    @property
+    def streamed(self) -> list[StreamedSet]:
+        """Those that are streamed."""
+        return [part for part in self.parts if isinstance(part, StreamedSet)]
+
     def told(self) -> Iterator[str]:
-        """A line a streamed set."""
-        for part in self.parts:
-            if isinstance(part, StreamedSet):
-                yield f"{part.name}: {len(part)} rows of {len(part.set.sizes)} files, read as they come"
+        """A line a streamed set, of a table its columns too."""
+        for part in self.streamed:
+            yield f"{part.name}: {len(part)} rows of {len(part.set.sizes)} files, read as they come"
+            if part.columns is not None:
+                yield part.columns.table()
 
     def fingerprint(self, held: str) -> str:
         """sha256 over the files of the streamed sets and `held`, the fingerprint of the others."""
-        told = [part.files.fingerprint for part in self.parts if isinstance(part, StreamedSet)]
+        told = [part.files.fingerprint for part in self.streamed]
         return sha256_bytes(json.dumps([held, *told, self.draws]).encode())
 
 
@@ -205,6 +244,8 @@ def open_streams(
     wanted: Sequence[str],
     journal: Journal,
     fetch: Fetch | None = None,
+    learned: Learned = _as_read,
+    described: Described | None = None,
 ) -> Streamed:
     """The training sets of a recipe that streams some; `held` are the rows of the others, by their `source`.
 
@@ -217,8 +258,8 @@ def open_streams(
     chosen: list[DataSource] = []
     for source in section.train:
         if source.streaming:
-            opened = StreamedSet(source, system=section.system, wanted=wanted, fetch=fetch).counted(journal)
-            parts.append(opened)
+            make = partial(StreamedSet, source, system=section.system, fetch=fetch, wanted=wanted)
+            parts.append(make(learned=learned, described=described).counted(journal))
             chosen.append(source)
         elif rows := by_name.pop(source_name(source), []):
             parts.append(rows)

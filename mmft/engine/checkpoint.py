@@ -201,8 +201,7 @@ def _restore_moments(
     for key, tensor in moments.items():
         name, _, kind = key.rpartition(".")
         owners.setdefault(name, {})[kind] = tensor
-    if owners:
-        _check_names(set(owners), set(trainable), folder)
+    _check_names(set(owners), set(owners) & set(trainable), folder)  # a weight without a gradient has no moments yet
     for name, values in owners.items():
         param = trainable[name]
         optimizer.state[param] = {

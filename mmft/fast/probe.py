@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from mmft.data.collate import Batch
-from mmft.data.loader import assemble
-from mmft.data.render import Renderer
-from mmft.data.streaming import Streamed
+from mmft.data.loader import assemble, near
 from mmft.fast.plan import Setting, Work
 
 
@@ -21,9 +19,7 @@ def probe_batch(setting: Setting, work: Work) -> Batch | None:
         return None
     backbone = setting.adapted.backbone
     pad = 0 if hasattr(work.renderer, "assemble") else backbone.pad_token_id
-    first = setting.samples[0] if not isinstance(setting.samples, Streamed) else None
-    if isinstance(setting.samples, Streamed) and isinstance(work.renderer, Renderer):
-        first = next(iter(setting.samples.near(1, work.renderer)), None)
+    first = next(iter(near(setting.samples, 1, work.renderer)), None)
     if first is None:
         return None
     batch = assemble(work.renderer, [(first, 0)], pad_token_id=pad)

@@ -19,8 +19,9 @@ from accelerate import PartialState
 from mmft.adapters.build import Adapted
 from mmft.backbones.load import Backbone, load_backbone
 from mmft.data.formats import Loaded
-from mmft.data.loader import RowRenderer
+from mmft.data.loader import RowRenderer, near
 from mmft.data.sample import Sample
+from mmft.data.tables import Columns
 from mmft.engine.callbacks import Callback
 from mmft.errors import BackboneError, DataError, RecipeError
 from mmft.objectives.base import Objective
@@ -41,6 +42,10 @@ class Datasets:
     renderer: RowRenderer
     fingerprint: str
     rewards: Mapping[str, Callable[[Any], float]] = field(default_factory=dict)
+
+    def shown(self, count: int) -> list[Sample]:
+        """The first rows that are held out, or where there are none those of training."""
+        return near(next(iter(self.evals.values()), self.train), count, self.renderer)
 
 
 class Kind(ABC):
@@ -69,6 +74,15 @@ class Kind(ABC):
     def samples(self, recipe: Recipe, samples: list[Sample]) -> list[Sample]:
         """The rows of one set as they are learned from; by default as they were read."""
         return samples
+
+    def streamed(self, recipe: Recipe, rows: Callable[[int], Sample], number: int, count: int) -> Sample:
+        """The row of a number of a streamed set (`rows`, `count` of them) as it is learned from, without a look at all
+        rows. Raises DataError for one of which nothing, or more than one row, would become."""
+        return rows(number)
+
+    def columns(self, recipe: Recipe, rows: Sequence[Mapping[str, Any]], declared: Mapping[str, str]) -> Columns:
+        """The columns of a streamed table, of which only the first `rows` are there; `declared` by the recipe."""
+        raise RecipeError(f"a run of {recipe.objective.name} reads no tables", where="data.train[].format")
 
     def balanced(self, recipe: Recipe, samples: list[Sample]) -> list[Sample]:
         """The training rows as an epoch sees them, some of them perhaps repeated; by default each once."""

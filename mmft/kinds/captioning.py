@@ -15,12 +15,13 @@ from mmft.backbones.load import Backbone, read_config
 from mmft.backbones.roots import head_of
 from mmft.data.captions import CaptionRenderer, caption_shape, decoder_config
 from mmft.data.collate import Batch
-from mmft.data.loader import RowRenderer
+from mmft.data.loader import RowRenderer, near
 from mmft.data.order import epoch_order
 from mmft.data.pairs import merge_pairs
 from mmft.data.preview import write_preview
 from mmft.data.render import IGNORED
 from mmft.data.sample import Sample
+from mmft.data.streaming import Streamed
 from mmft.engine.memory import estimate_memory
 from mmft.evaluation.answers import PredictionStore
 from mmft.evaluation.captions import generate_captions
@@ -87,18 +88,21 @@ class Captioning(Kind):
         """Up to 16 training batches in the order of the seed, on the model's device."""
         rows, device = len(datasets.train), next(backbone.model.parameters()).device
         size = min(recipe.train.per_device_train_batch_size, rows)
-        order = epoch_order(rows, seed=recipe.train.seed, epoch=0)[: size * CALIBRATION_BATCHES]
+        most, train = size * CALIBRATION_BATCHES, datasets.train
+        if isinstance(train, Streamed):
+            chosen = near(train, most, datasets.renderer)
+        else:
+            chosen = [train[row] for row in epoch_order(rows, seed=recipe.train.seed, epoch=0)[:most]]
         found = []
-        for start in range(0, len(order) - size + 1, size):
-            chosen = [(datasets.train[row], 0) for row in order[start : start + size]]
-            batch = caption_renderer(datasets).assemble(chosen)
+        for start in range(0, len(chosen) - size + 1, size):
+            batch = caption_renderer(datasets).assemble([(row, 0) for row in chosen[start : start + size]])
             cast = _cast(batch, backbone.model.dtype)
             found.append({key: value.to(device) for key, value in cast.items()})
         return found
 
     def proof_rows(self, run: RunFolder, adapted: Adapted, datasets: Datasets) -> list[dict[str, torch.Tensor]]:
         """Real evaluation rows (training rows where there are none), a batch each, compared where a caption stands."""
-        samples = next(iter(datasets.evals.values()), datasets.train)[: run.recipe.export.verify_rows]
+        samples = datasets.shown(run.recipe.export.verify_rows)
         batches = [caption_renderer(datasets).assemble([(sample, 0)]) for sample in samples]
         dtype = getattr(torch, run.recipe.model.dtype)
         return [{**_cast(batch, dtype), COUNTED: batch.labels != IGNORED} for batch in batches]

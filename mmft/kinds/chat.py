@@ -11,7 +11,7 @@ import torch
 from mmft.adapters.build import Adapted
 from mmft.backbones.load import Backbone
 from mmft.data.collate import collate
-from mmft.data.loader import RowRenderer
+from mmft.data.loader import RowRenderer, near
 from mmft.data.order import epoch_order
 from mmft.data.preview import write_preview
 from mmft.data.render import IGNORED, Rendered, Renderer, Supervise
@@ -73,7 +73,7 @@ class Chat(Kind):
         size = min(recipe.train.per_device_train_batch_size, rows)
         most, train, renderer = size * CALIBRATION_BATCHES, datasets.train, chat_renderer(datasets)
         if isinstance(train, Streamed):
-            chosen = train.near(most, renderer)
+            chosen = near(train, most, renderer)
         else:
             chosen = [train[row] for row in epoch_order(rows, seed=recipe.train.seed, epoch=0)[:most]]
         found = []
@@ -86,8 +86,7 @@ class Chat(Kind):
 
     def proof_rows(self, run: RunFolder, adapted: Adapted, datasets: Datasets) -> list[dict[str, torch.Tensor]]:
         """Real evaluation rows (training rows where there are none), a batch each."""
-        count, samples = run.recipe.export.verify_rows, next(iter(datasets.evals.values()), datasets.train)
-        samples = samples.near(count, chat_renderer(datasets)) if isinstance(samples, Streamed) else samples[:count]
+        samples = datasets.shown(run.recipe.export.verify_rows)
         dtype = getattr(torch, run.recipe.model.dtype)
         rows = []
         for sample in samples:

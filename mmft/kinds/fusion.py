@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mmft.adapters.build import Adapted, ParamGroup, base_name
-from mmft.backbones.load import load_backbone
+from mmft.backbones.load import load_backbone, read_config
 from mmft.data.formats import load_many
 from mmft.data.fused import FusedRenderer
 from mmft.data.loader import RowRenderer
 from mmft.data.sample import Sample
+from mmft.data.streaming import Streamed
 from mmft.data.table_rows import label_of
+from mmft.data.tables import Columns
 from mmft.errors import ExportError, RecipeError, choices
 from mmft.evaluation.classes import answer_set, inner, score_sets
 from mmft.files import write_json
 from mmft.fusion import fit_stacking
 from mmft.kinds.base import Datasets, Kind, check_formats, folder_section, models
-from mmft.kinds.fusion_base import compose
+from mmft.kinds.fusion_base import compose, known_columns
 from mmft.kinds.fusion_store import stored_features
 from mmft.objectives.base import Objective
 from mmft.objectives.classification import ClassificationObjective
@@ -66,6 +68,11 @@ class Fusion(Kind):
             max_image_pixels=recipe.data.max_image_pixels,
         )
 
+    def columns(self, recipe: Recipe, rows: Sequence[Mapping[str, Any]], declared: Mapping[str, str]) -> Columns:
+        """Of a streamed table: as the model of the recipe knows them, the label as declared or called so; what it does
+        not know is ignored."""
+        return known_columns(read_config(recipe.model), rows, declared)
+
     def balanced(self, recipe: Recipe, samples: list[Sample]) -> list[Sample]:
         """Without the rows that stacking is fitted on; of smaller classes all rows again and again, the last time some
         of them by the seed, until every class is of the size of the largest."""
@@ -80,9 +87,11 @@ class Fusion(Kind):
         """The model's own loss; every label is looked at, and frozen features are computed, before the first step."""
         made = ClassificationObjective(adapted.model)
         renderer = _renderer(datasets)
-        for samples in (datasets.train, *datasets.evals.values()):
+        streamed = isinstance(datasets.train, Streamed)
+        for samples in (*([] if streamed else [datasets.train]), *datasets.evals.values()):
             renderer.targets(samples)
-        stored_features(recipe, adapted, datasets, renderer)
+        if not streamed:
+            stored_features(recipe, adapted, datasets, renderer)
         return made
 
     def settle(self, recipe: Recipe, adapted: Adapted, datasets: Datasets) -> None:
@@ -106,14 +115,14 @@ class Fusion(Kind):
 
     def compare(self, run: RunFolder, adapted: Adapted, datasets: Datasets) -> dict[str, Any]:
         """The outputs of the merged folder and of the adapter model on a few rows."""
-        chosen = next(iter(datasets.evals.values()), datasets.train)[: run.recipe.export.verify_rows]
+        chosen = datasets.shown(run.recipe.export.verify_rows)
         return {"classification": compare_outputs(run, adapted, chosen, _renderer(datasets))} if chosen else {}
 
     def evaluate(self, run: RunFolder, adapted: Adapted, datasets: Datasets) -> None:
         """Answers, metrics and the worth of each modality, of every model on every set; `classification.json`."""
         recipe, renderer = run.recipe, _renderer(datasets)
         # What autocast computed in training is not what the encoders say here.
-        exact = not recipe.train.bf16
+        exact = not recipe.train.bf16 and not isinstance(datasets.train, Streamed)
         if exact:
             stored_features(recipe, adapted, datasets, renderer)
         store, found = renderer.store, {}

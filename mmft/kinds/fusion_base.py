@@ -18,7 +18,7 @@ from mmft.data.audit import fingerprint
 from mmft.data.fused import NONE
 from mmft.data.sample import Sample
 from mmft.data.table_rows import columns_of, label_of, sample_classes
-from mmft.data.tables import TABLE, as_float
+from mmft.data.tables import TABLE, Columns, as_float, infer_columns, modality_name
 from mmft.errors import BackboneError, DataError, RecipeError, choices
 from mmft.files import atomic_folder, read_json_file, sha256_bytes, to_json, write_json
 from mmft.fusion import FusionConfig, FusionModel, FusionProcessor, TableSchema
@@ -96,6 +96,36 @@ def fusion_config(recipe: Recipe, samples: Sequence[Sample]) -> FusionConfig:
     config.id2label = dict(enumerate(names))
     config.label2id = {name: at for at, name in enumerate(names)}
     return config
+
+
+def known_columns(config: Any, rows: Sequence[Mapping[str, Any]], declared: Mapping[str, str]) -> Columns:
+    """The columns of rows as a fusion model's config knows them: those of its encoders by their modality's name, those
+    of its table by their own, the label as `declared` or called `label`; others are ignored unless declared a tag or
+    id. Raises RecipeError where the config is no fusion model's, or no column is the label.
+    """
+    if not isinstance(config, FusionConfig):
+        raise RecipeError(
+            f"{type(config).__name__} is no fusion model",
+            where="model.name_or_path",
+            allowed="the folder of a fusion model, with streamed rows",
+            do="train a few steps on rows that are held; base/ of that run folder is such a model",
+        )
+    kinds = {entry["name"]: entry["kind"] for entry in config.encoders or ()}
+    table = config.table or {"numeric": (), "categorical": ()}
+    cells = {column["name"]: kind for kind in ("numeric", "categorical") for column in table[kind]}
+    found = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        told = declared.get(name)
+        known = cells.get(name) or kinds.get(modality_name(name))
+        found[name] = told if told in ("label", "tag", "id") else known or ("label" if name == "label" else "ignored")
+    if "label" not in found.values():
+        raise RecipeError(
+            "no column of the streamed rows is the label",
+            where="data.train[].columns",
+            allowed=choices(list(found)),
+            do="declare it: columns: {NAME: label}",
+        )
+    return infer_columns([dict.fromkeys(found)], declared=found)
 
 
 def numeric_label(sample: Sample) -> float:

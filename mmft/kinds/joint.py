@@ -84,7 +84,7 @@ class Joint(Pairs):
 
     def compare(self, run: RunFolder, adapted: Adapted, datasets: Datasets) -> dict[str, Any]:
         """What every head says of a few rows."""
-        chosen = next(iter(datasets.evals.values()), datasets.train)[: run.recipe.export.verify_rows]
+        chosen = datasets.shown(run.recipe.export.verify_rows)
         assert isinstance(datasets.renderer, PairRenderer)
         return {"heads": self._compared(run, adapted, chosen, datasets.renderer)} if chosen else {}
 

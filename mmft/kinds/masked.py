@@ -48,7 +48,7 @@ class Masked(Pairs):
         """Evaluation rows (training rows where there are none) with their words hidden, a batch each."""
         if check_masked(adapted.model) == FLAVA:  # its output holds several logits, none of that name
             return []
-        samples = next(iter(datasets.evals.values()), datasets.train)[: run.recipe.export.verify_rows]
+        samples = datasets.shown(run.recipe.export.verify_rows)
         assert isinstance(datasets.renderer, MaskedRenderer)
         batches = [datasets.renderer.assemble([(sample, 0)]) for sample in samples]
         return [{**batch.inputs, "labels": batch.labels} for batch in batches]

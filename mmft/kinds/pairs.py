@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from mmft.adapters.build import PREFIX, Adapted, ParamGroup, set_modes
 from mmft.adapters.folder import WEIGHTS
 from mmft.backbones.load import Backbone, load_backbone
-from mmft.data.loader import RowRenderer
+from mmft.data.loader import RowRenderer, near
 from mmft.data.pair_preview import write_pair_preview
-from mmft.data.pairs import PairRenderer, merge_pairs
+from mmft.data.pairs import PairRenderer, merge_pairs, with_group
 from mmft.data.sample import Sample
 from mmft.engine.callbacks import Callback
 from mmft.engine.memory import estimate_memory
@@ -65,6 +65,10 @@ class Pairs(Kind):
         """Rows of one picture become one."""
         return merge_pairs(samples)
 
+    def streamed(self, recipe: Recipe, rows: Callable[[int], Sample], number: int, count: int) -> Sample:
+        """Rows of one picture stay apart, as right for each other's texts."""
+        return with_group(rows(number))
+
     def adapt(self, adapted: Adapted, recipe: Recipe) -> Adapted:
         """The scale and bias of the similarities trained too, where the recipe asks for it."""
         return free_scales(adapted) if recipe.objective.train_logit_scale else adapted
@@ -86,7 +90,7 @@ class Pairs(Kind):
 
     def compare(self, run: RunFolder, adapted: Adapted, datasets: Datasets) -> dict[str, Any]:
         """The embeddings of a few rows."""
-        chosen = next(iter(datasets.evals.values()), datasets.train)[: run.recipe.export.verify_rows]
+        chosen = datasets.shown(run.recipe.export.verify_rows)
         assert isinstance(datasets.renderer, PairRenderer)
         return {"embeddings": compare_embeddings(run, adapted, chosen, datasets.renderer)}
 
@@ -153,7 +157,7 @@ def remember(adapted: Adapted, datasets: Datasets, recipe: Recipe) -> list[Locke
             weights = list(tower.tower.state_dict().items())
             space = space_of(adapted.backbone.model, weights, autocast=recipe.train.bf16)
             tower.keep_on(Slabs(cache_folder() / space[:16], limit=cache_limit(), root=cache_folder()), space)
-    renderer, sample = datasets.renderer, datasets.train[0]
+    renderer, (sample,) = datasets.renderer, near(datasets.train, 1, datasets.renderer)
     assert isinstance(renderer, PairRenderer)
     first, dtype = next(adapted.model.parameters()), adapted.backbone.model.dtype
     one = {**renderer.encode_media([sample]), **renderer.encode_texts(sample.answers[:1])}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from mmft.backbones.fingerprint import fingerprint
 from mmft.backbones.load import Backbone
 from mmft.data.audit import fingerprint as digest_of_rows
 from mmft.data.collate import collate
-from mmft.data.loader import RowRenderer
+from mmft.data.loader import RowRenderer, near
 from mmft.data.order import StepPlan
 from mmft.data.preference import PREFERENCE, as_pairs, as_thumbs
 from mmft.data.preference_render import PreferenceBatch, PreferenceRenderer, with_answer
 from mmft.data.sample import Candidate, Sample
+from mmft.data.streaming import Streamed
 from mmft.errors import DataError
 from mmft.evaluation.answers import PredictionStore
 from mmft.evaluation.generate import generate_answers
@@ -31,12 +32,14 @@ from mmft.kinds.chat import Chat, make_renderer
 from mmft.objectives.base import Objective
 from mmft.objectives.build import output_head, virtual_tokens
 from mmft.objectives.preference import WITHOUT_REFERENCE, PreferenceObjective, Settings
-from mmft.objectives.preference_forward import answer_logps, share_where_exact
+from mmft.objectives.preference_forward import CHECKED, answer_logps, share_where_exact
 from mmft.objectives.reference import AdapterOff, Kept, Run, make_table, placed, table_path
 from mmft.recipe.schema import ObjectiveSection, Recipe
 from mmft.runfolder import RunFolder, read_json, versions
 
 LIKELIER = "preferences.json"
+_BEHIND = 256
+"""Rows of a stream that are looked through for an answer that reads otherwise."""
 CONVERSATIONS = ("messages", "llava", "qa")
 
 
@@ -94,10 +97,20 @@ class Preference(Kind):
             )
         return plain + [pair for sample in rows for pair in as_pairs(sample)]
 
+    def streamed(self, recipe: Recipe, rows: Callable[[int], Sample], number: int, count: int) -> Sample:
+        """A pair, or for `kto` a thumb; with another row's answer, the next one of the set that reads otherwise."""
+        sample = rows(number)
+        require_candidates([sample], recipe, what="data.train")
+        if recipe.objective.name != "kto":
+            return only_one(sample, as_pairs(sample), "pair", "`chosen` and `rejected`")
+        thumb = only_one(sample, as_thumbs(sample), "thumb", "`completion` and `label`")
+        return with_other(thumb, _texts_behind(rows, number, count))
+
     def objective(self, recipe: Recipe, adapted: Adapted, datasets: Datasets) -> Objective:
         """The losses of `mmft/objectives/preference_losses.py`; the prompt is shared where that is exact."""
         section, renderer = recipe.objective, preference_renderer(datasets)
-        require_candidates(datasets.train, recipe, what="data.train")
+        if not isinstance(datasets.train, Streamed):  # there each row is looked at when it is read
+            require_candidates(datasets.train, recipe, what="data.train")
         require_candidates(next(iter(datasets.evals.values()), []), recipe, what="the first set of data.eval")
         renderer.pool = list(datasets.train) if renderer.altered == "other" else []
         head, ahead = output_head(adapted.model, where="objective.name"), virtual_tokens(adapted.model)
@@ -108,7 +121,7 @@ class Preference(Kind):
 
         renderer.share = False
         if not ahead:
-            share_where_exact(adapted.model, renderer, datasets.train, run=tokens)
+            share_where_exact(adapted.model, renderer, rows_to_try(datasets), run=tokens)
         objective = PreferenceObjective(_settings(section), head=head, reference=None, dtype=dtype, ahead=ahead)
         if section.name not in WITHOUT_REFERENCE:
             objective.reference = _reference(
@@ -119,7 +132,7 @@ class Preference(Kind):
     def proof_rows(self, run: RunFolder, adapted: Adapted, datasets: Datasets) -> list[dict[str, torch.Tensor]]:
         """Real rows with their first answers, a batch each."""
         chat, dtype = preference_renderer(datasets).chat, getattr(torch, run.recipe.model.dtype)
-        samples = next(iter(datasets.evals.values()), datasets.train)[: run.recipe.export.verify_rows]
+        samples = datasets.shown(run.recipe.export.verify_rows)
         rows = []
         for sample in samples:
             whole = with_answer(sample, sample.candidates[0]) if sample.candidates else sample
@@ -192,14 +205,46 @@ def _settings(section: ObjectiveSection) -> Settings:
 
 def mismatched(thumbs: Sequence[Sample]) -> list[Sample]:
     """Thumbs (score 1 or 0) with the next row's answer that reads otherwise as a second candidate."""
-    found = []
-    for index, sample in enumerate(thumbs):
-        own = sample.candidates[0]
-        others = (thumbs[(index + step) % len(thumbs)].candidates[0].text for step in range(1, len(thumbs)))
-        text = next((text for text in others if text != own.text), own.text)
-        first = dataclasses.replace(own, score=float(bool(own.good)))
-        found.append(dataclasses.replace(sample, candidates=(first, Candidate(text, media=own.media))))
-    return found
+    return [
+        with_other(sample, (thumbs[(index + step) % len(thumbs)].candidates[0].text for step in range(1, len(thumbs))))
+        for index, sample in enumerate(thumbs)
+    ]
+
+
+def with_other(thumb: Sample, others: Iterable[str]) -> Sample:
+    """A thumb (score 1 or 0) with the first text that reads otherwise as a second candidate."""
+    own = thumb.candidates[0]
+    text = next((text for text in others if text != own.text), own.text)
+    first = dataclasses.replace(own, score=float(bool(own.good)))
+    return dataclasses.replace(thumb, candidates=(first, Candidate(text, media=own.media)))
+
+
+def _texts_behind(rows: Callable[[int], Sample], number: int, of: int) -> Iterator[str]:
+    """Answers of the rows behind one of a streamed set (`of` rows), those that are thumbs."""
+    for step in range(1, min(of, _BEHIND)):
+        try:
+            thumbs = as_thumbs(rows((number + step) % of))
+        except DataError:
+            continue
+        if len(thumbs) == 1 and thumbs[0].candidates:
+            yield thumbs[0].candidates[0].text
+
+
+def only_one(sample: Sample, made: Sequence[Sample], what: str, fields: str) -> Sample:
+    """The one row that a row of a streamed set becomes. Raises DataError for none and for several."""
+    if len(made) != 1:
+        raise DataError(
+            f"the row gives {len(made)} {what}s",
+            where=sample.where or sample.id,
+            allowed=f"one {what} in each row of a streamed set",
+            do=f"write a row for each {what}, with {fields}, or take streaming away",
+        )
+    return made[0]
+
+
+def rows_to_try(datasets: Datasets) -> Sequence[Sample]:
+    """Training rows to look at the model with; of streamed ones the first."""
+    return near(datasets.train, CHECKED, datasets.renderer) if isinstance(datasets.train, Streamed) else datasets.train
 
 
 def answer_set(

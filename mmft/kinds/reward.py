@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,21 @@ from mmft.data.loader import RowRenderer
 from mmft.data.preference import PREFERENCE, as_pairs
 from mmft.data.preference_render import PreferenceBatch
 from mmft.data.sample import Sample
+from mmft.data.streaming import Streamed
 from mmft.errors import DataError, ExportError
 from mmft.evaluation.preference import answer_values
 from mmft.evaluation.reward import Judged, score_rewards
 from mmft.files import atomic_folder, write_json
 from mmft.kinds.base import Datasets, Kind, models
 from mmft.kinds.chat import Chat
-from mmft.kinds.preference import Preference, answers_renderer, preference_renderer, require_candidates
+from mmft.kinds.preference import (
+    Preference,
+    answers_renderer,
+    only_one,
+    preference_renderer,
+    require_candidates,
+    rows_to_try,
+)
 from mmft.objectives.base import Objective
 from mmft.objectives.build import output_head, virtual_tokens
 from mmft.objectives.preference_forward import answer_logps, share_where_exact
@@ -53,6 +61,13 @@ class Reward(Kind):
         """`answers_renderer`."""
         return answers_renderer(recipe, processor)
 
+    def streamed(self, recipe: Recipe, rows: Callable[[int], Sample], number: int, count: int) -> Sample:
+        """A ranking, or one with ties that is one pair."""
+        sample = rows(number)
+        require_candidates([sample], recipe, what="data.train")
+        made = self.samples(recipe, [sample])
+        return only_one(sample, made, "ranking", "answers that are not scored alike")
+
     def samples(self, recipe: Recipe, samples: list[Sample]) -> list[Sample]:
         """Rankings as they are; those with ties as pairs without them."""
         found: list[Sample] = []
@@ -77,7 +92,8 @@ class Reward(Kind):
 
     def objective(self, recipe: Recipe, adapted: Adapted, datasets: Datasets) -> Objective:
         """Bradley-Terry and Plackett-Luce; the prompt is shared where that is exact."""
-        for name, samples in {"data.train": datasets.train, **datasets.evals}.items():
+        streamed = isinstance(datasets.train, Streamed)
+        for name, samples in {**({} if streamed else {"data.train": datasets.train}), **datasets.evals}.items():
             require_candidates(samples, recipe, what=name)
         vocabulary, ahead = output_head(adapted.model, where="objective.name"), virtual_tokens(adapted.model)
         objective = RewardObjective(
@@ -97,7 +113,7 @@ class Reward(Kind):
 
         renderer.share = False
         if not ahead:
-            share_where_exact(adapted.model, renderer, datasets.train, run=seen)
+            share_where_exact(adapted.model, renderer, rows_to_try(datasets), run=seen)
         return objective
 
     def keep(self, recipe: Recipe, adapted: Adapted, folder: Path) -> None:
@@ -111,7 +127,7 @@ class Reward(Kind):
 
     def compare(self, run: RunFolder, adapted: Adapted, datasets: Datasets) -> dict[str, Any]:
         """Write `reward_model/`, read it back with transformers alone, and compare its rewards with the adapter's."""
-        samples = next(iter(datasets.evals.values()), datasets.train)[: run.recipe.export.verify_rows]
+        samples = datasets.shown(run.recipe.export.verify_rows)
         head, folder = reward_head(run, adapted), run.path / FOLDER
         with atomic_folder(folder, replace=True) as made:
             write_reward_model(run.merged, head.weight.detach().cpu(), adapted.backbone.processor, made)

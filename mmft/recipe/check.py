@@ -12,6 +12,7 @@ from mmft.recipe.check_adapter import ADAPTER_RULES, missing_adapter, on_quantiz
 from mmft.recipe.check_objective import OBJECTIVE_RULES
 from mmft.recipe.check_pairs import PAIR_RULES
 from mmft.recipe.check_preference import PREFERENCE_RULES
+from mmft.recipe.check_streams import READS, streams
 from mmft.recipe.nodes import Node
 from mmft.recipe.ondisk import Finding, is_below_file, missing_model, missing_sources
 from mmft.recipe.rules import PARTS, SUBPARTS, Rule, quantized, target_parts
@@ -197,24 +198,6 @@ def _mixture(recipe: Recipe) -> Iterator[Finding]:
         yield Finding(field, what, "keep one of the three")
 
 
-def _streams(recipe: Recipe) -> Iterator[Finding]:
-    """What cannot be done with rows that nobody looks at before their step."""
-    for index, source in enumerate(recipe.data.eval):
-        if source.streaming:
-            field = f"data.eval.{index}.streaming"
-            yield Finding(field, f"{field}: evaluation sets are held in memory", "take it away, or take fewer rows")
-    for index, source in enumerate(recipe.data.train):
-        field = f"data.train.{index}.streaming"
-        if source.streaming and recipe.objective.name != "sft":
-            what = f"{field}: true, but objective.name is {recipe.objective.name}, which looks at all rows first"
-            yield Finding(field, what, "take it away", "objective.name: sft")
-        if source.streaming and source.num_samples is not None:
-            yield Finding(field, f"{field}: true with num_samples", "name fewer files, or give the set a weight")
-        if source.streaming and recipe.train.train_sampling_strategy != "random":
-            what = f"{field}: true, but rows of a stream cannot be brought together by what they show"
-            yield Finding(field, what, "take one of the two away", "train.train_sampling_strategy: random")
-
-
 LIST_RULES: tuple[tuple[tuple[str, ...], Callable[[Recipe], Iterator[Finding]]], ...] = (
     (("adapter.targets", "adapter.method"), targets),
     (("adapter.parts", "adapter.targets", "adapter.method"), part_modes),
@@ -225,7 +208,7 @@ LIST_RULES: tuple[tuple[tuple[str, ...], Callable[[Recipe], Iterator[Finding]]],
     (("data.eval",), _same_names),
     (("data.augmentation",), augmentations),
     (("data.train", "data.temperature"), _mixture),
-    (("data.train", "data.eval", "objective.name", "train.train_sampling_strategy"), _streams),
+    (READS, streams),
     (("model.name_or_path",), missing_model),
     (("adapter", "evaluate.models", "evaluate.metrics", "quantization.parts"), _repeats),
 )

@@ -185,7 +185,7 @@ class DataSource(Section):
     """Share of the training rows that are of this set, in proportion to the other sets' weights."""
     streaming: bool = False
     """Read the rows as they come, of any number of .jsonl, .tar or .parquet files (`path` may be a pattern, or a .json
-    with a `shardlist`); nothing is held in memory, and no row is looked at before its step (`sft`)."""
+    with a `shardlist`); nothing is held in memory, and no row is looked at before its step."""
     repeat: Rate = 1.0
     """How often its rows come in an epoch; 0.5: half of them, others in the next epoch."""
     columns: dict[str, str] = {}

@@ -269,7 +269,6 @@ def test_recipes_that_cannot_stream_are_refused(tmp_path):
         ({"data.train": [far], "train.train_sampling_strategy": "group_by_media"}, "brought together"),
         ({"data.train": [far], "train.packing": True}, "rows of a stream are not looked at"),
         ({"data.train": [{**far, "path": f"{shards()}/*.jsonl"}]}, "does not exist"),
-        ({"data.train": [far], "objective": {"name": "contrastive"}}, "which looks at all rows first"),
     ):
         outcome = cli("train", write_recipe(tmp_path, {**TRAIN_ONLY, "adapter.lora_dropout": 0.0, **changes}))
         assert outcome.code in (2, 3) and message in outcome.err, (message, outcome.err)

@@ -47,6 +47,23 @@ def test_round_trip_is_exact_and_training_goes_on_the_same(tmp_path: Path) -> No
         assert torch.equal(param, other[name])
 
 
+def test_a_weight_that_never_had_a_gradient_has_no_moments_and_is_restored(tmp_path: Path) -> None:
+    params, optimizer = made(2)
+    params["idle"] = torch.nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [params["idle"]]})
+    state = TrainState(step=2, samples_consumed=8)
+    folder = save_checkpoint(tmp_path, trainable=params, optimizer=optimizer, state=state, identity=IDENTITY, keep=2)
+    other, _ = made(1)
+    other["idle"] = torch.nn.Parameter(torch.zeros(2))
+    second = torch.optim.AdamW(other.values(), lr=0.1)
+    load_checkpoint(folder, trainable=other, optimizer=second)
+    assert torch.equal(other["idle"], params["idle"]) and other["idle"] not in second.state
+    assert {name for name, value in other.items() if value in second.state} == {"a.bias", "b.weight"}
+    del other["b.weight"], params["b.weight"]
+    with pytest.raises(CheckpointError, match="unexpected"):
+        load_checkpoint(folder, trainable=other, optimizer=second)
+
+
 def test_no_pickle_and_modes_by_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
