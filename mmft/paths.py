@@ -18,8 +18,8 @@ def contained(root: Path, relative: str) -> Path:
     Raises DataError for anything else: an absolute path outside, `..`, `~`, a URL, NUL, a link that leads out,
     a missing file, a folder, a pipe, a device.
     """
-    path = located(root, relative)
-    if not os.path.isfile(path):
+    path, mode = _found(root, relative)
+    if not stat.S_ISREG(mode):
         raise DataError(
             f"path {_shown(relative)} is not a regular file",
             where=str(root),
@@ -42,17 +42,19 @@ def _resolved(root: Path) -> Path:
     return found[0]
 
 
-def _plainly(base: Path, relative: str) -> Path | None:
-    """The path where nothing below the (resolved) base is a link, which is then what resolving would give."""
+def _plainly(base: Path, relative: str) -> tuple[Path, int] | None:
+    """The path and its mode where nothing below the (resolved) base is a link, which is then what resolving would
+    give."""
     names = relative.split("/")
     if "" in names or "." in names:
         return None
-    at = str(base).rstrip("/")
+    at, mode = str(base).rstrip("/"), 0
     for name in names:
         at = f"{at}/{name}"
-        if stat.S_ISLNK(os.lstat(at).st_mode):
+        mode = os.lstat(at).st_mode
+        if stat.S_ISLNK(mode):
             return None
-    return Path(at)
+    return Path(at), mode
 
 
 def _shown(relative: object) -> str:
@@ -61,11 +63,14 @@ def _shown(relative: object) -> str:
 
 def located(root: Path, relative: str) -> Path:
     """The file, folder or device `relative` below `root`, links resolved; as `contained`, whatever stands there."""
-    shown = _shown(relative)
-    allowed = f"a file inside {root}"
+    return _found(root, relative)[0]
+
+
+def _found(root: Path, relative: str) -> tuple[Path, int]:
+    """`located`, and the mode of what stands there."""
 
     def refuse(why: str, do: str = "give a path relative to that folder, or set media_root") -> DataError:
-        return DataError(f"path {shown} {why}", where=str(root), allowed=allowed, do=do)
+        return DataError(f"path {_shown(relative)} {why}", where=str(root), allowed=f"a file inside {root}", do=do)
 
     if not isinstance(relative, str) or not relative:
         raise refuse("is not a path")
@@ -75,18 +80,22 @@ def located(root: Path, relative: str) -> Path:
         raise refuse("is a URL", "download the file first; nothing is fetched from the network")
     if relative.startswith(("~", "\\\\", "//")):
         raise refuse("is not a plain path")
-    if ".." in re.split(r"[\\/]", relative):
+    if ".." in relative and ".." in re.split(r"[\\/]", relative):
         raise refuse("climbs out with '..'")
     try:
-        base = _resolved(Path(root))
-        path = _plainly(base, relative) or (base / relative).resolve(strict=True)
+        base = _resolved(root if isinstance(root, Path) else Path(root))
+        plain = _plainly(base, relative)
+        if plain is not None:
+            return plain
+        path = (base / relative).resolve(strict=True)
+        mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise refuse("does not exist", "check the spelling, and that media_root is the right folder") from None
     except (OSError, RuntimeError, ValueError) as error:
         raise refuse(f"cannot be resolved ({type(error).__name__})") from None
     if not path.is_relative_to(base):
         raise refuse("leads outside")
-    return path
+    return path, mode
 
 
 def cache_root() -> Path:

@@ -16,6 +16,8 @@ from mmft.data.media import media_digest
 from mmft.data.render import IGNORED, Renderer
 from mmft.data.sample import MediaRef, Sample
 
+_ENCODER = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"))
+
 
 @dataclass(frozen=True)
 class Audit:
@@ -99,7 +101,7 @@ def fingerprint(samples: Iterable[Sample]) -> str:
                     for name, cell in sample.cells.items()
                 ]
             )
-        digest.update(json.dumps(row, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
+        digest.update(_ENCODER.encode(row).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -156,6 +156,8 @@ def audit(count: int, folder: Path) -> None:
     found = rate("lengths", lambda: row_lengths(renderer, samples))
     rate("lengths, a second time (packing)", lambda: row_lengths(renderer, samples))
     rate("fingerprint", lambda: fingerprint(samples))
+    again = kind.renderer(recipe, backbone.processor)
+    rate("lengths and fingerprint", lambda: (row_lengths(again, samples), fingerprint(samples)))
     assert np.array_equal(found[: len(some)], np.array(alone))
 
 

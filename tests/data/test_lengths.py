@@ -75,6 +75,17 @@ def test_a_processor_with_a_text_of_its_own_is_asked_for_every_row(monkeypatch):
     assert lengths._KNOWN[renderer].plain
 
 
+def test_what_a_template_sets_for_a_row_is_gone_for_the_next(monkeypatch):
+    """A template that says more where a variable of its own is known already, or where a message was changed."""
+    renderer = Renderer(processor("llava"), max_length=4096)
+    plain = getattr(renderer.processor, "chat_template", None) or renderer._chat_template
+    seen = "{% if held is defined %}again and again{% endif %}{% set held = 1 %}" + plain
+    monkeypatch.setattr(renderer.processor, "chat_template", seen)
+    render, alone = lengths._template(renderer), Renderer(processor("llava"), max_length=4096)
+    texts = [render(lengths.messages_of(row.turns)) for row in rows()]
+    assert texts == [alone.text(row.turns) for row in rows()]
+
+
 @pytest.mark.parametrize("lacks", ["template", "tokenizer"])
 def test_where_the_short_way_is_not_to_be_had(monkeypatch, lacks):
     renderer, every = Renderer(processor("llava"), max_length=4096), rows()
