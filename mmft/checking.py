@@ -7,19 +7,20 @@ import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmft.backbones.load import load_processor, meta_backbone
 from mmft.data.causes import CAUSES, cause_of, remedies
 from mmft.data.clean import write_clean
-from mmft.data.formats import Loaded, load_samples, source_name, source_path
-from mmft.data.inspect_rows import Look, Seen, inspect_rows
-from mmft.data.likeness import Likes
+from mmft.data.formats import Incoming, incoming, source_name, source_path, told
+from mmft.data.inspect_rows import Look
+from mmft.data.inspect_sets import Found, Inspector, Places
 from mmft.data.loader import RowRenderer
 from mmft.data.render import Renderer
-from mmft.data.sample import Sample
 from mmft.data.stream_files import entries_of, entries_root
 from mmft.data.tables import Columns
 from mmft.errors import BackboneError, DataError, RecipeError, choices
@@ -35,13 +36,22 @@ FIRST = 5
 
 @dataclass
 class _Set:
-    """One data set with what was found: place -> reasons."""
+    """One data set, and what was found of it."""
 
     source: DataSource
-    loaded: Loaded
     evaluation: bool
-    seen: list[Seen] = field(default_factory=list)
-    found: dict[str, list[str]] = field(default_factory=dict)
+    incoming: Incoming
+    found: Found = field(default_factory=Found)
+
+    @property
+    def name(self) -> str:
+        """The name in reports."""
+        return self.incoming.name
+
+    def told(self) -> str:
+        """What was read and how, for the console; of a table, its columns too."""
+        good = self.found.rows - self.found.unread
+        return told(self.name, good, self.incoming.format, self.incoming.layout, self.incoming.columns)
 
 
 def check(
@@ -69,25 +79,23 @@ def check(
             raise RecipeError(f"'{cause}' is no cause", where="--allow", allowed=choices(CAUSES, word=cause))
     begin, journal = time.monotonic(), Journal(None, quiet=quiet)
     sources, how, notes = _asked(data, overrides, against, model, max_length)
-    sets = _read(sources, how, journal)
-    samples = [sample for one in sets for sample in one.loaded.samples]
     count = (os.cpu_count() or 1) if workers is None else workers
-    with journal.progress(len(samples), "rows opened") as bar:
-        seen = inspect_rows(samples, how.look, workers=count if len(samples) > 200 else 0, progress=bar.update)
+    with closing(Places()) as names, journal.progress(None, "rows opened") as bar:
+        sets = _opened(sources, how, names)
+        with closing(Inspector(how.look, workers=count, progress=bar.update)) as inspector:
+            for one in sorted(
+                sets, key=lambda one: not one.evaluation
+            ):  # what is held out first: rows may leak from it
+                one.found = inspector.inspect(one.incoming.rows, one.name, evaluation=one.evaluation)
+            shared = inspector.shared
     for one in sets:
-        one.seen, seen = seen[: len(one.loaded.samples)], seen[len(one.loaded.samples) :]
-        for sample, found in zip(one.loaded.samples, one.seen, strict=True):
-            if found.reasons:
-                one.found[sample.where] = list(found.reasons)
-        one.found |= {where: [reason] for where, reason in one.loaded.bad}
-    _repeated(sets)
-    shared = _leaked(sets)
+        journal.say(one.told())
     notes += [f"{shared} training rows show a picture that an evaluation set asks about too"] if shared else []
     rows = [row for one in sets for row in _bad_rows(one, set(allow))]
     if rows:
         write_text(out, "".join(to_json(row) + "\n" for row in rows))
     return {
-        "rows": sum(len(one.loaded.samples) + len(one.loaded.bad) for one in sets),
+        "rows": sum(one.found.rows for one in sets),
         "bad": len(rows),
         "sets": [_told(one, rows) for one in sets],
         "causes": _by_cause(rows),
@@ -109,6 +117,7 @@ class _How:
     look: Look
     formats: tuple[str, ...]
     recipe: Recipe | None
+    streamed: tuple[DataSource, ...] = ()
 
 
 def _asked(
@@ -122,7 +131,8 @@ def _asked(
         look = Look(recipe.data.max_image_pixels, renderer=renderer)
         train, left = _files(recipe.data.train)
         sources = [(one, False) for one in train] + [(one, True) for one in recipe.data.eval]
-        return sources, _How(look, kind_of(recipe).formats, recipe), notes + left
+        streamed = tuple(one for one in train if one not in recipe.data.train)
+        return sources, _How(look, kind_of(recipe).formats, recipe, streamed), notes + left
     paths = [data] if isinstance(data, str | Path) else list(data)
     sources = [(DataSource(path=str(one)), False) for one in paths]
     sources += [(DataSource(path=str(one)), True) for one in against]
@@ -165,78 +175,38 @@ def _renderer(recipe: Recipe) -> tuple[RowRenderer | None, list[str]]:
     return None, ["tokens are not counted: the model has no processor at hand"]
 
 
-def _read(sources: Sequence[tuple[DataSource, bool]], how: _How, journal: Journal) -> list[_Set]:
-    system = how.recipe.data.system if how.recipe is not None else None
-    seed = how.recipe.train.seed if how.recipe is not None else 0
+def _opened(sources: Sequence[tuple[DataSource, bool]], how: _How, names: Places) -> list[_Set]:
+    """The sets with their first rows read; all tables have the columns of the first. `names` keeps the ids of rows."""
+    recipe = how.recipe
+    system, seed = (None, 0) if recipe is None else (recipe.data.system, recipe.train.seed)
     sets: list[_Set] = []
     columns: Columns | None = None
-    for source, evaluation in sources:
-        loaded = load_samples(source, seed=seed, system=system, wanted=how.formats, columns=columns)
-        columns = columns or loaded.columns
-        journal.say(loaded.told())
-        sets.append(_Set(source, loaded, evaluation))
+    for number, (source, evaluation) in enumerate(sources):
+        described = partial(kind_of(recipe).columns, recipe) if recipe is not None and source in how.streamed else None
+        found = incoming(
+            source,
+            twice=partial(_given_before, names, number),
+            seed=seed,
+            system=system,
+            wanted=how.formats,
+            columns=columns,
+            described=described,
+        )
+        columns = columns or found.columns
+        sets.append(_Set(source, evaluation, found))
     return sets
 
 
-def _repeated(sets: Sequence[_Set]) -> None:
-    """Rows whose content (texts and media) stood before, among the training rows and within each evaluation set."""
-    training: dict[str, str] = {}
-    for one in sets:
-        first = {} if one.evaluation else training
-        for sample, seen in zip(one.loaded.samples, one.seen, strict=True):
-            if seen.content in first:
-                one.found.setdefault(sample.where, []).append(f"the row is the same as {first[seen.content]}")
-            first.setdefault(seen.content, sample.where)
-
-
-def _leaked(sets: Sequence[_Set]) -> int:
-    """Training rows that an evaluation set holds too: the same picture (by its bytes, or by its looks) with the same
-    question; of pairs and tables, the same picture; without pictures, the same content. Returns how many more share a
-    picture only."""
-    likes: dict[str, Likes] = {}
-    held: dict[tuple[str, str], str] = {}
-    shown: set[str] = set()
-    for one in sets:
-        for sample, seen in zip(one.loaded.samples, one.seen, strict=True) if one.evaluation else ():
-            name, asked = f"{one.loaded.name}: {sample.where}", _asks(sample)
-            held.setdefault((asked, seen.content), name)
-            for digest, look in seen.pictures:
-                held.setdefault((asked, digest), name)
-                shown.add(digest)
-                if look.telling:
-                    likes.setdefault(asked, Likes()).add(look, name)
-    shared = 0
-    for one in sets:
-        for sample, seen in zip(one.loaded.samples, one.seen, strict=True) if not one.evaluation else ():
-            asked = _asks(sample)
-            kept = held.get((asked, seen.content)) or _seen_before(seen, asked, held, likes.get(asked))
-            if kept is not None:
-                one.found.setdefault(sample.where, []).append(f"the row is also in the evaluation set {kept}")
-            elif any(digest in shown for digest, _ in seen.pictures):
-                shared += 1
-    return shared
-
-
-def _seen_before(seen: Seen, asked: str, held: Mapping[tuple[str, str], str], likes: Likes | None) -> str | None:
-    for digest, look in seen.pictures:
-        name = held.get((asked, digest)) or (likes.find(look) if likes is not None and look.telling else None)
-        if name is not None:
-            return name
-    return None
-
-
-def _asks(sample: Sample) -> str:
-    """The row's questions, spaces and capitals aside; "" for rows without turns."""
-    return " ".join(" ".join(turn.text for turn in sample.turns if turn.role == "user").lower().split())
+def _given_before(names: Places, number: int, name: str, where: str) -> str | None:
+    return names.first(f"{number} {name}", where)
 
 
 def _bad_rows(one: _Set, allow: set[str]) -> list[dict[str, Any]]:
-    ids = {sample.where: sample.id for sample in one.loaded.samples}
     rows = []
-    for where, reasons in sorted(one.found.items(), key=lambda item: _place(item[0])):
+    for where, (name, reasons) in sorted(one.found.bad.items(), key=lambda item: _place(item[0])):
         left = [(cause_of(reason), reason) for reason in reasons if cause_of(reason) not in allow]
         if left:
-            row = {"set": one.loaded.name, "evaluation": one.evaluation, "where": where, "id": ids.get(where)}
+            row = {"set": one.name, "evaluation": one.evaluation, "where": where, "id": name}
             rows.append(row | {"cause": left[0][0], "causes": [cause for cause, _ in left], "reason": left[0][1]})
             rows[-1]["reasons"] = [reason for _, reason in left]
     return rows
@@ -248,9 +218,8 @@ def _place(where: str) -> tuple[str, int]:
 
 
 def _told(one: _Set, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    total = len(one.loaded.samples) + len(one.loaded.bad)
-    bad = sum(row["set"] == one.loaded.name and row["evaluation"] == one.evaluation for row in rows)
-    return {"name": one.loaded.name, "evaluation": one.evaluation, "rows": total, "bad": bad}
+    bad = sum(row["set"] == one.name and row["evaluation"] == one.evaluation for row in rows)
+    return {"name": one.name, "evaluation": one.evaluation, "rows": one.found.rows, "bad": bad}
 
 
 def _by_cause(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +76,24 @@ def _plain(value: Any) -> Any:
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Replace `path` by `data` atomically: temporary sibling, fsync, rename, fsync of the folder.
+    """`write_parts` of one."""
+    write_parts(path, (data,), needed=len(data))
 
-    Raises CheckpointError when the disk is full or not writable; the old file is then untouched.
+
+def write_parts(path: str | Path, parts: Iterable[bytes], *, needed: int) -> None:
+    """Replace `path` by `parts` atomically: temporary sibling, fsync, rename, fsync of the folder.
+
+    `needed`: about how many bytes. Raises CheckpointError when the disk is full or not writable; the old file is then
+    untouched.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_counter)}.tmp")
-    with _disk_errors(path, needed=len(data)):
+    with _disk_errors(path, needed=needed):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("xb") as stream:
-                stream.write(data)
+                for part in parts:
+                    stream.write(part)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(temporary, path)

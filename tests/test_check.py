@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 
 import mmft
 from mmft.data.causes import CAUSES, MADE_PLAIN, cause_of, remedies
+from mmft.data.clean import write_clean
 from mmft.data.formats import load_samples
 from mmft.data.inspect_rows import Look, inspect_rows
+from mmft.data.inspect_sets import Places
 from mmft.data.likeness import Likes, likeness
+from mmft.data.render import Renderer
 from mmft.errors import DataError, RecipeError
 from mmft.recipe.schema import DataSource
 from tests.data import small, spoilt
+from tests.runs import read_lines, values
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +110,76 @@ def test_clean_sets_of_every_kind_of_file(tmp_path, suffix):
         return
     assert found["fixed"][0]["rows"] == 2 and found["causes"][0]["cause"] == "empty_answer"
     assert [sample.question for sample in load_samples(DataSource(path=str(out)), seed=0).samples] == ["a", "c"]
+
+
+def streamed(folder, to, *names):
+    """A recipe's values: files as one streamed set."""
+    (to / "list.json").write_text(json.dumps({"shardlist": [{"url": name} for name in names]}))
+    return values(to, {"data.train": [{"path": str(to / "list.json"), "streaming": True, "media_root": str(folder)}]})
+
+
+def test_a_streamed_set_is_found_out_shard_by_shard(made, tmp_path, monkeypatch):
+    """The spoilt rows in two shards, ten at a time: duplicates and leaks reach over shards, and all else is as held."""
+    folder, expected = made
+    lines = (folder / "train.jsonl").read_bytes().splitlines(keepends=True)
+    half, texts = len(lines) // 2, {"0.jsonl": b"".join(lines[: len(lines) // 2])}
+    texts["1.jsonl"] = b"".join(lines[half:])
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text)
+    monkeypatch.setattr("mmft.data.inspect_sets._ROWS", 10)
+    monkeypatch.setattr("mmft.checking._renderer", lambda _: (Renderer(small.processor(), max_length=2000), []))
+    recipe = streamed(folder, tmp_path, *texts)
+    recipe["data"]["eval"] = [{"path": str(folder / "eval.jsonl"), "name": "held"}]
+    found = mmft.check(recipe, out=tmp_path / "bad.jsonl", fix=tmp_path / "clean", workers=0, quiet=True)
+    rows = read_lines(tmp_path / "bad.jsonl")
+    places = {(row["where"].rpartition("/")[2]): row["cause"] for row in rows}
+    assert places == {f"{(at - 1) // half}.jsonl:{(at - 1) % half + 1}": cause for at, cause in expected.items()}
+    assert found["bad"] == 40 and found["rows"] == 420 and [one["rows"] for one in found["sets"]] == [half, half, 20]
+    assert {one["cause"]: one["rows"] for one in found["causes"]} == dict.fromkeys(spoilt.KINDS, 2)
+    kept = b"".join((tmp_path / "clean" / name).read_bytes() for name in texts)
+    assert kept == b"".join(line for at, line in enumerate(lines, 1) if at not in expected)
+
+
+def test_rows_of_a_stream_are_not_held(tmp_path, monkeypatch):
+    """Four times the rows of 4 KB take no more memory, beyond what counts them."""
+    monkeypatch.setattr("mmft.data.inspect_sets._WEIGHT", 1 << 20)
+    monkeypatch.setattr("mmft.checking._renderer", lambda _: (None, []))
+    peaks = []
+    for count in (1000, 4000):
+        turns = [
+            [{"role": "user", "content": f"{at} " * 900}, {"role": "assistant", "content": "x"}] for at in range(count)
+        ]
+        (tmp_path / f"{count}.jsonl").write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns))
+        del turns
+        recipe = streamed(tmp_path, tmp_path, f"{count}.jsonl") | {"quantization": {}}
+        recipe["data"]["eval"] = []
+        tracemalloc.start()
+        found = mmft.check(recipe, out=tmp_path / "bad.jsonl", workers=0, quiet=True)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert (found["rows"], found["bad"]) == (count, 0)
+    assert max(peaks) < 8 << 20 and peaks[1] < 1.5 * peaks[0], peaks
+
+
+def test_places_are_the_first_ones(monkeypatch):
+    draw, known, places = random.Random(1), {}, Places()
+    for at in range(5000):
+        text = f"{draw.randrange(2000)} \ud800é"
+        assert places.first(text, str(at)) == known.get(text)
+        known.setdefault(text, str(at))
+    places.close()
+
+
+def test_a_clean_parquet_file_keeps_its_row_groups(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path, out = tmp_path / "a.parquet", tmp_path / "b.parquet"
+    table = pa.table({"question": list("abcdefg"), "n": range(7)})
+    pq.write_table(table, path, row_group_size=3)
+    assert write_clean(path, out, {f"{path}:1", f"{path}:5", f"{path}:7"}) == 4
+    assert pq.read_table(out) == table.take([1, 2, 3, 5])
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_a_row_that_kills_its_process_is_named(made, monkeypatch):

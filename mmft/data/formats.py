@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,9 +58,13 @@ class Loaded:
 
     def told(self) -> str:
         """What was read and how, for the console; of a table, its columns too."""
-        rows = f"{self.name}: {len(self.samples)} rows read as '{self.format}'"
-        rows += f", lying as '{self.layout}'" if self.layout != "rows" else ""
-        return rows if self.columns is None else f"{rows}\n{self.columns.table()}"
+        return told(self.name, len(self.samples), self.format, self.layout, self.columns)
+
+
+def told(name: str, rows: int, form: str, layout: str, columns: Columns | None) -> str:
+    """`Loaded.told`."""
+    line = f"{name}: {rows} rows read as '{form}'" + (f", lying as '{layout}'" if layout != "rows" else "")
+    return line if columns is None else f"{line}\n{columns.table()}"
 
 
 def source_path(source: DataSource) -> Path:
@@ -103,6 +107,44 @@ class _Opened:
     rows: Iterable[tuple[str, Row | DataError]]
     format: str
     name: str
+    first: list[Row]
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """A data set whose rows come one at a time: (place, the sample or what is wrong with it)."""
+
+    name: str
+    format: str
+    layout: str
+    rows: Iterator[tuple[str, Sample | str]]
+    columns: Columns | None = None
+
+
+def incoming(
+    source: DataSource,
+    *,
+    twice: Callable[[str, str], str | None],
+    seed: int,
+    system: str | None = None,
+    wanted: Sequence[str] = (),
+    columns: Columns | None = None,
+    described: Callable[[Sequence[Row], Mapping[str, str]], Columns] | None = None,
+) -> Incoming:
+    """What `load_samples` reads, row by row. `twice`: (id, place) -> where the id was given before. What `num_samples`
+    is chosen from is held as a whole, and so is a table unless `described` tells its columns from its first rows."""
+    opened = _open(source, wanted)
+    if opened.format == TABLE and described is not None:
+        columns = described(opened.first, source.columns)
+    elif opened.format == TABLE or source.num_samples is not None:
+        held = load_samples(source, seed=seed, system=system, wanted=wanted, columns=columns)
+        rows: list[tuple[str, Sample | str]] = [(one.where, one) for one in held.samples]
+        return Incoming(held.name, held.format, held.layout, iter([*rows, *held.bad]), held.columns)
+    tabular = columns if opened.format == TABLE else None
+    context = _context(source, opened, system, tabular)
+    return Incoming(
+        opened.name, opened.format, opened.source.layout, _parsed(opened.rows, opened.format, context, twice), tabular
+    )
 
 
 def load_samples(
@@ -140,7 +182,7 @@ def _open(source: DataSource, wanted: Sequence[str]) -> _Opened:
         broken = [problem for _, row in first[:5] if isinstance(row, DataError) for problem in row.problems]
         raise DataError([Problem(f"none of the first {len(first)} rows can be read", str(path)), *broken])
     form = source.format if source.format in PARSERS else guessed(look, source, path, wanted)
-    return _Opened(found, itertools.chain(first, found.rows), form, source_name(source))
+    return _Opened(found, itertools.chain(first, found.rows), form, source_name(source), look)
 
 
 def guessed(rows: Sequence[Row], source: DataSource, path: Path, wanted: Sequence[str]) -> str:
@@ -172,9 +214,8 @@ def _with_columns(
 
 
 def _loaded(source: DataSource, opened: _Opened, *, seed: int, system: str | None, columns: Columns | None) -> Loaded:
-    tabular = opened.format == TABLE and columns is not None
-    names = columns.kinds if tabular and columns is not None else dict(source.columns)
-    context = RowContext(name=opened.name, root=opened.source.root, columns=names, system=system)
+    tabular = columns if opened.format == TABLE else None
+    context = _context(source, opened, system, tabular)
     with uncollected():
         samples, bad = _parse(opened.rows, opened.format, context)
     if source.num_samples is not None and source.num_samples < len(samples):
@@ -182,33 +223,56 @@ def _loaded(source: DataSource, opened: _Opened, *, seed: int, system: str | Non
         kept = np.sort(chosen.permutation(len(samples))[: source.num_samples])
         samples = [samples[index] for index in kept]
     layout = opened.source.layout
-    return Loaded(samples, bad, opened.format, opened.name, layout, columns if tabular else None)
+    return Loaded(samples, bad, opened.format, opened.name, layout, tabular)
+
+
+def _context(source: DataSource, opened: _Opened, system: str | None, columns: Columns | None) -> RowContext:
+    names = columns.kinds if columns is not None else dict(source.columns)
+    return RowContext(name=opened.name, root=opened.source.root, columns=names, system=system)
 
 
 def _parse(
     rows: Iterable[tuple[str, Row | DataError]], form: str, context: RowContext
 ) -> tuple[list[Sample], list[tuple[str, str]]]:
-    parse = PARSERS[form]
     samples: list[Sample] = []
     bad: list[tuple[str, str]] = []
     seen: dict[str, str] = {}
+
+    def twice(name: str, where: str) -> str | None:
+        first = seen.setdefault(name, where)
+        return first if first is not where else None
+
+    for where, found in _parsed(rows, form, context, twice):
+        if isinstance(found, str):
+            bad.append((where, found))
+        else:
+            samples.append(found)
+    return samples, bad
+
+
+def _parsed(
+    rows: Iterable[tuple[str, Row | DataError]],
+    form: str,
+    context: RowContext,
+    twice: Callable[[str, str], str | None],
+) -> Iterator[tuple[str, Sample | str]]:
+    """(place, the sample or what is wrong with it) of every row."""
+    parse = PARSERS[form]
     for number, (where, row) in enumerate(rows, start=1):
         try:
             if isinstance(row, DataError):
                 raise row
             sample = parse(row, where, number, context)
-            if sample.id in seen:
+            if (before := twice(sample.id, where)) is not None:
                 raise DataError(
-                    f"id '{sample.id}' was given before, at {seen[sample.id]}",
+                    f"id '{sample.id}' was given before, at {before}",
                     where=where,
                     do="give every row an id of its own, or none",
                 )
         except DataError as error:
-            bad.append((where, _reason(error)))
+            yield where, _reason(error)
             continue
-        seen[sample.id] = where
-        samples.append(sample)
-    return samples, bad
+        yield where, sample
 
 
 def _reason(error: DataError) -> str:
