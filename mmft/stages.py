@@ -37,7 +37,7 @@ from mmft.engine.callbacks import Callback, MetricsWriter, Progress
 from mmft.engine.guards import Interrupted, StopSignals
 from mmft.engine.loop import Engine, TrainJob
 from mmft.engine.meeting import MEETING
-from mmft.engine.sharding import is_sharded, refuse_launcher
+from mmft.engine.sharding import is_sharded, plain_ranks, refuse_launcher
 from mmft.engine.state import TrainState
 from mmft.engine.step_memory import Peak
 from mmft.errors import DataError, Problem, RecipeError, choices
@@ -75,15 +75,16 @@ def make_accelerator(section: TrainSection) -> Accelerator:
                 allowed=choices(there, word=name),
                 do="install its package, or take it out; metrics.jsonl is always written",
             )
-    return Accelerator(
-        mixed_precision="no",
-        gradient_accumulation_steps=1,
-        log_with=list(section.report_to) or None,
-        project_dir=str(section.output_dir),
-        kwargs_handlers=[
-            InitProcessGroupKwargs(init_method=MEETING, timeout=timedelta(seconds=section.ddp_timeout)),
-        ],
-    )
+    with plain_ranks():
+        return Accelerator(
+            mixed_precision="no",
+            gradient_accumulation_steps=1,
+            log_with=list(section.report_to) or None,
+            project_dir=str(section.output_dir),
+            kwargs_handlers=[
+                InitProcessGroupKwargs(init_method=MEETING, timeout=timedelta(seconds=section.ddp_timeout)),
+            ],
+        )
 
 
 def load_datasets(recipe: Recipe, processor: Any, journal: Journal, *, fetch: Fetch | None = None) -> Datasets:

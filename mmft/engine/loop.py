@@ -288,7 +288,8 @@ class Engine:
             torch.manual_seed(seed)
             with self._autocast():
                 loss = objective.loss(self.job.adapted.model, self._placed(batch))
-            (loss.sum * (1 / max(count, 1))).backward()
+            if loss.sum.requires_grad:  # not where the rows pass nothing trained: text alone, and a projector
+                (loss.sum * (1 / max(count, 1))).backward()
             found = float(loss.sum.detach())
             sums["loss"] = sums.get("loss", 0.0) + found
             if not math.isfinite(found):
