@@ -16,7 +16,7 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --progress-bar off -e '.[demo,test,dev,onnx,gguf]'
+	$(BIN)/python -m pip install --quiet --progress-bar off -e '.[demo,test,dev,onnx,gguf,deepspeed]'
 	touch $@
 
 demo: $(VENV)/.demo  ## fine-tune the shipped model, merge, prove, report (an unfinished run goes on)

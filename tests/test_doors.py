@@ -102,7 +102,7 @@ def test_configs_are_what_accelerate_reads(path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     found = load_config_from_file(str(path))
-    kind = "FSDP" if path.stem.startswith("fsdp") else "MULTI_GPU"
+    kind = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero3": "DEEPSPEED"}[path.stem]
     assert found.num_processes == 2 and str(found.distributed_type).endswith(kind)
 
 
@@ -125,7 +125,7 @@ def test_the_config_for_fsdp2_asks_for_what_is_trained_with(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("changes", "where"),
     [
-        ({"USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED"),
+        ({"USE_DEEPSPEED": "true"}, "ACCELERATE_DEEPSPEED_ZERO_STAGE"),
         ({"USE_FSDP": "true", "VERSION": "1"}, "FSDP_VERSION"),
         ({"USE_FSDP": "true"}, "FSDP_VERSION"),
         ({"USE_FSDP": "true", "VERSION": "2", "OFFLOAD_PARAMS": "true"}, "FSDP_OFFLOAD_PARAMS"),

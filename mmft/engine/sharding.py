@@ -7,7 +7,7 @@ of gradients are those of a run without shards, and no rank gathers what another
 would wait for ever in a tower that is cut up). In return every rank must run the same number of forwards.
 
     memory of a rank: (language layers) / ranks + one or two layers whole + the rest;  traffic: two gathers a forward
-(DeepSpeed keeps more layers whole where its limits allow it: stage3_max_reuse_distance, stage3_max_live_parameters)
+(with a file of DeepSpeed's settings more layers stay whole, as its stage3_max_reuse_distance says)
 """
 
 from __future__ import annotations

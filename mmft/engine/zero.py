@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +76,12 @@ def settings(found: Mapping[str, str] = os.environ) -> dict[str, Any]:
 
     Raises RecipeError for a setting of the file that would be left out; "auto" says nothing and is left to DeepSpeed.
     """
-    zero: dict[str, Any] = {"stage": 3}
     if found.get(FILE):
-        zero |= _file(Path(found[FILE]).expanduser())
-    elif found.get(_PREFIX + _OFFLOAD, "none").lower() == "cpu":
-        zero["offload_param"] = {"device": "cpu"}
+        zero = _file(Path(found[FILE]).expanduser())
+    else:  # a layer is let go after each use: by its own default DeepSpeed would keep those of a small base whole
+        zero = {"stage": 3, "stage3_max_reuse_distance": 0}
+        if found.get(_PREFIX + _OFFLOAD, "none").lower() == "cpu":
+            zero["offload_param"] = {"device": "cpu"}
     # DeepSpeed would otherwise put a function of its own in the place of every product of the process.
     return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero | {"memory_efficient_linear": False}}
 
@@ -139,15 +142,16 @@ def cut(layers: Sequence[nn.Module], frozen: set[nn.Parameter], root: nn.Module,
     `root` is the module whose forward runs the layers."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+    with redirect_stdout(sys.stderr):  # where DeepSpeed's log then goes for good
+        import deepspeed
 
-    if device.type == "cpu":  # a kernel for sums between processes, compiled for a minute and not called here
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    chosen = settings()
-    units = nn.ModuleList(_Unit(layer, [one for one in layer.parameters() if one in frozen]) for layer in layers)
-    deepspeed.utils.set_z3_leaf_modules(units, [_Unit])
-    deepspeed.zero.Init(module=units, config_dict_or_path=chosen)
-    engine, *_ = deepspeed.initialize(model=units, config=chosen)
+        if device.type == "cpu":  # a kernel for sums between processes, compiled for a minute and not called here
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        chosen = settings()
+        units = nn.ModuleList(_Unit(layer, [one for one in layer.parameters() if one in frozen]) for layer in layers)
+        deepspeed.utils.set_z3_leaf_modules(units, [_Unit])
+        deepspeed.zero.Init(module=units, config_dict_or_path=chosen)
+        engine, *_ = deepspeed.initialize(model=units, config=chosen)
     coordinator = engine.optimizer.get_param_coordinator()
     # The engine takes its hooks away when it is dropped; this one lives as long as the model.
     root.register_forward_pre_hook(lambda *_, engine=engine: coordinator.reset_step())

@@ -7,12 +7,14 @@ usual size a gradient of rounding noise moves its weight by the full rate, and t
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from tests.faults.ranks import two
 from tests.faults.trial import at_step, expect, finish, train, wait
@@ -28,8 +30,12 @@ CASES: dict[str, dict[str, Any]] = {
     "ranks without a picture": {"train": BASE | {"per_device_train_batch_size": 1, "effective_batch_size": 2}},
     "packed": {"train": BASE | {"effective_batch_size": 16, "packing": True}},
     "augmented": {"train": BASE, "data": {"augmentation": {"crop": 0.3, "horizontal_flip": 0.5}}},
+    "projector alone": {
+        "train": BASE | {"per_device_train_batch_size": 1, "effective_batch_size": 2},
+        "adapter": {"targets": ["projector"]},
+    },
 }
-"""Each recipe's changes by section."""
+"""Each recipe's changes by section. Of a projector alone a row without a picture has no gradient."""
 HELD = {"per_device_eval_batch_size": 2, "models": ["adapter"], "max_new_tokens": 2, "bootstrap_samples": 10}
 SHARDED: dict[str, dict[str, Any]] = {
     "cut up": {"train": BASE | {"eval_steps": 3}, "evaluate": HELD},
@@ -39,16 +45,32 @@ SHARDED: dict[str, dict[str, Any]] = {
     },
     "cut up, ranks without a picture": CASES["ranks without a picture"],
     "cut up, packed": CASES["packed"],
+    "cut up, projector alone": CASES["projector alone"],
+    "cut up, last layer and projector": {
+        "model": {"name_or_path": "deep"},
+        "train": CASES["projector alone"]["train"] | {"fast": False},
+        "adapter": {"targets": ["language.attention", "projector"], "layers": "last:1"},
+    },
 }
-"""The same with the language layers cut up over two ranks (FSDP2), against one process that holds them whole."""
+"""The same with the language layers cut up over two ranks, against one process that holds them whole. Below the last
+layer of four the backward pass of a row without a picture has nothing to compute, and yet three layers to gather (the
+fast path would round otherwise on whole layers, and their four add up)."""
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true"}
+WAYS = {"two": FSDP} | ({"zero": ZERO} if importlib.util.find_spec("deepspeed") else {})
+"""Who cuts up, by the name of the runs' folder."""
 
 
 def shelf(out: Path) -> None:
     """A tiny model and rows of three questions, every third of them without a picture."""
+    from tests import tiny
     from tests.tiny import save_tiny_vlm, tiny_rows
 
     save_tiny_vlm(out / "model")
+    with patch.dict(tiny._LLAMA, num_hidden_layers=4):
+        save_tiny_vlm(out / "deep")
+    settings = {"stage": 3, "stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}
+    (out / "zero.json").write_text(json.dumps({"zero_optimization": settings}))
     path = tiny_rows(out / "rows", ROWS)
     lines = []
     for number, line in enumerate(path.read_text().splitlines()):
@@ -66,7 +88,7 @@ def recipe(out: Path, case: str) -> dict[str, Any]:
     """The values of a case."""
     values: dict[str, Any] = {
         "name": "tiny",
-        "model": {"name_or_path": str(out / "model"), "dtype": "float32"},
+        "model": {"name_or_path": "model", "dtype": "float32"},
         "adapter": {"targets": ["language.attention", "projector"], "lora_rank": 4, "lora_dropout": 0.0},
         "data": {"train": [{"path": str(out / "rows" / "rows.jsonl")}], "max_length": 256},
         "train": {
@@ -82,6 +104,7 @@ def recipe(out: Path, case: str) -> dict[str, Any]:
     }
     for section, changes in (CASES | SHARDED)[case].items():
         values[section] = values.get(section, {}) | changes
+    values["model"]["name_or_path"] = str(out / values["model"]["name_or_path"])
     if "evaluate" in values:  # three rows: the second rank has a batch less than the first
         values["data"]["eval"] = [{"path": str(out / "rows" / "rows.jsonl#3"), "name": "held"}]
         values["export"] = {"merge": True, "verify_rows": 2}
@@ -109,48 +132,58 @@ def watched(place: Path) -> Any:
         def note(self: Any, micros: Any, *more: Any) -> Any:
             seen.append(["pixel_values" in batch.inputs for batch in micros])
             (place / f"shown-{self.ranks.rank}.json").write_text(json.dumps(seen))
-            return backward(self, micros, *more)
+            sums = backward(self, micros, *more)
+            held = [one.numel() for one in self.job.adapted.model.parameters() if hasattr(one, "ds_tensor")]
+            (place / f"held-{self.ranks.rank}.json").write_text(json.dumps(held))
+            return sums
 
         Ranks.sum_gradients, Engine._backward = sum_gradients, note  # type: ignore[method-assign]
 
     return prepare
 
 
-def resumed(out: Path) -> None:
+def _cutting(out: Path, way: str) -> dict[str, str]:
+    """What the launcher would set for a run whose layers are cut up."""
+    return WAYS[way] | ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(out / "zero.json")} if way == "zero" else {})
+
+
+def resumed(out: Path, way: str) -> None:
     """The run that is cut up, told to stop after three steps: once resumed as it was, once by one process alone."""
     values = recipe(out, "cut up")
     values["train"]["fast"] = False  # a run on whole layers would switch more of it on, and resume shares it
     stop = at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    more = _cutting(out, way)
     for name in ("uninterrupted", "again", "alone"):
-        place = out / "stopped" / name
+        place = out / f"stopped {way}" / name
         place.mkdir(parents=True)
         if name != "uninterrupted":
-            codes = [wait(pid) for pid in two(values, place, prepare=stop, environment=FSDP)]
+            codes = [wait(pid) for pid in two(values, place, prepare=stop, environment=more)]
             expect(codes == [143, 143], f"{name}: {codes} {(place / 'log0').read_text()[-1500:]}")
         if name == "alone":
             codes = [finish(train(values, place, resume=True), place / "log0")]
         else:
-            codes = [wait(pid) for pid in two(values, place, resume=name == "again", environment=FSDP)]
+            codes = [wait(pid) for pid in two(values, place, resume=name == "again", environment=more)]
         expect(not any(codes), f"{name}: {codes} {(place / 'log0').read_text()[-1500:]}")
 
 
 def main() -> None:
-    """All runs, into OUT/CASE/one and OUT/CASE/two."""
+    """All runs, into OUT/CASE/one, OUT/CASE/two and of those that are cut up by DeepSpeed OUT/CASE/zero."""
     from tests.faults.__main__ import warm
 
     out = Path(sys.argv[1])
     warm()
     expect(finish(lambda: shelf(out), out / "log") == 0, (out / "log").read_text() if (out / "log").exists() else "")
-    resumed(out)
+    for way in WAYS:
+        resumed(out, way)
     for case in (*CASES, *SHARDED):
         values = recipe(out, case)
-        for world in ("one", "two"):
+        for world in ("one", *WAYS) if case in SHARDED else ("one", "two"):
             place = out / case / world
             place.mkdir(parents=True)
             if world == "one":
                 codes = [finish(train(values, place, prepare=watched(place)), place / "log0")]
             else:
-                more = FSDP if case in SHARDED else None
+                more = _cutting(out, world) if case in SHARDED else None
                 codes = [wait(pid) for pid in two(values, place, prepare=watched(place), environment=more)]
             expect(not any(codes), f"{case} by {world}: {codes} {(place / 'log0').read_text()[-1500:]}")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.engine.pairs import CASES, SHARDED, STEPS
+from tests.engine.pairs import CASES, SHARDED, STEPS, WAYS
 from tests.faults.trial import digest, ledger, run_of, same
 from tests.runs import REPOSITORY, environment, read_lines
 
@@ -33,9 +33,26 @@ def _shown(place: Path, ranks: int) -> list[list[list[bool]]]:
     return [json.loads((place / f"shown-{rank}.json").read_text()) for rank in range(ranks)]
 
 
+EXTRA = pytest.mark.skipif("zero" not in WAYS, reason="needs the extra 'deepspeed'")
+BY = ["two", pytest.param("zero", marks=EXTRA)]
+
+
 @pytest.mark.parametrize("case", [*CASES, *SHARDED])
 def test_two_processes_compute_the_steps_of_one(pairs: Path, case: str) -> None:
-    one, two = pairs / case / "one", pairs / case / "two"
+    _alike(pairs / case / "one", pairs / case / "two")
+
+
+@EXTRA
+@pytest.mark.parametrize("case", SHARDED)
+def test_two_processes_cut_up_by_deepspeed_compute_the_steps_of_one(pairs: Path, case: str) -> None:
+    _alike(pairs / case / "one", pairs / case / "zero")
+    for rank in (0, 1):
+        held = json.loads((pairs / case / "zero" / f"held-{rank}.json").read_text())
+        # The first layer waits for the next forward where no gradient passes its input.
+        assert len(held) > 10 and not any(held[len(held) // 2 :]), "layers that were not let go after their backward"
+
+
+def _alike(one: Path, two: Path) -> None:
     ours, theirs = ledger(run_of(two)), ledger(run_of(one))
     assert len(ours) == len(theirs) == STEPS
     assert [row[2] for row in ours] == [row[2] for row in theirs], "supervised tokens"
@@ -48,8 +65,9 @@ def test_two_processes_compute_the_steps_of_one(pairs: Path, case: str) -> None:
             assert float((found[name] - value).abs().max()) <= NEAR * largest, (step, name)
 
 
-def test_a_run_that_is_cut_up_is_held_out_and_merged_like_any_other(pairs: Path) -> None:
-    one, two = (run_of(pairs / "cut up" / world) for world in ("one", "two"))
+@pytest.mark.parametrize("way", BY)
+def test_a_run_that_is_cut_up_is_held_out_and_merged_like_any_other(pairs: Path, way: str) -> None:
+    one, two = (run_of(pairs / "cut up" / world) for world in ("one", way))
     held = [[row["eval_loss"] for row in read_lines(run / "metrics.jsonl") if "eval_loss" in row] for run in (one, two)]
     assert len(held[0]) == 2 and held[1] == pytest.approx(held[0], rel=NEAR)
     ours, theirs = (load_file(run / "merged" / "model.safetensors") for run in (one, two))
@@ -59,8 +77,9 @@ def test_a_run_that_is_cut_up_is_held_out_and_merged_like_any_other(pairs: Path)
     assert (told["layers"], told["ranks"]) == (2, 2) and told["cut"] > 0.4 * (told["cut"] + told["whole"])
 
 
-def test_a_run_that_is_cut_up_resumes_to_the_same_bytes(pairs: Path) -> None:
-    whole, again, alone = (digest(run_of(pairs / "stopped" / name), step=STEPS) for name in _STOPPED)
+@pytest.mark.parametrize("way", BY)
+def test_a_run_that_is_cut_up_resumes_to_the_same_bytes(pairs: Path, way: str) -> None:
+    whole, again, alone = (digest(run_of(pairs / f"stopped {way}" / name), step=STEPS) for name in _STOPPED)
     same(again, whole)
     assert [row[2] for row in alone["ledger"]] == [row[2] for row in whole["ledger"]]
     assert [row[1] for row in alone["ledger"]] == pytest.approx([row[1] for row in whole["ledger"]], rel=NEAR)
