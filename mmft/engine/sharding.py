@@ -179,8 +179,8 @@ def _fully_shard(modules: Sequence[nn.Module], whole: set[nn.Parameter], acceler
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     again = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true") == "true"
     for module in modules:
-        how = {"reshard_after_forward": again} if isinstance(module, GradientCheckpointingLayer) else {}
-        fully_shard(module, mesh=mesh, ignored_params=whole, **how)
+        after = again if isinstance(module, GradientCheckpointingLayer) else None
+        fully_shard(module, mesh=mesh, reshard_after_forward=after, ignored_params=whole)
 
 
 def _ask_gradients(
