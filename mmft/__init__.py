@@ -191,14 +191,21 @@ def stats(
     return run(data, model=model, media_root=media_root, limit=limit, html=html)
 
 
-def plan(recipe: RecipeLike, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What a recipe would do: parts, trainable counts, rows, lengths, steps, memory. Nothing is trained."""
+def plan(recipe: RecipeLike, overrides: Sequence[str] = (), *, probe: bool = False) -> dict[str, Any]:
+    """What a recipe would do: parts, trainable counts, rows, lengths, steps, memory. Nothing is trained. `probe` loads
+    the model and measures the memory of one step on the largest forward."""
     from mmft.quiet import quiet_upstream
 
     quiet_upstream()
     from mmft.planning import make_plan
 
-    return make_plan(recipe, overrides)
+    values = make_plan(recipe, overrides)
+    if probe:
+        from mmft.probing import probe_memory
+        from mmft.recipe.load import load_recipe
+
+        values["probe"] = probe_memory(load_recipe(recipe, overrides))
+    return values
 
 
 def verify_fast(recipe: RecipeLike, overrides: Sequence[str] = (), *, batches: int = 4) -> dict[str, Any]:

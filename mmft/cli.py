@@ -152,11 +152,18 @@ def convert(
 
 
 @app.command()
-def plan(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -> None:
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Load the model and measure the largest step's memory.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Print parts, trainable counts, rows, token lengths, steps and memory; train nothing."""
     from mmft.summary import plan_text
 
-    values = mmft.plan(recipe, overrides or [])
+    values = mmft.plan(recipe, overrides or [], probe=probe)
     _show(values, as_json=as_json, text=plan_text(values))
 
 

@@ -198,8 +198,22 @@ def plan_text(values: dict[str, Any]) -> str:
     lines += ["", f"steps: {steps['total']:,} of {steps['rows_per_step']} rows ({steps['epochs']:.2f} epochs)"]
     memory = values["memory"]
     lines.append("memory estimate: " + ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in memory.items()))
-    lines += [f"note: {note}" for note in values.get("notes", [])]
+    lines += [*_probed_lines(values), *(f"note: {note}" for note in values.get("notes", []))]
     return "\n".join(lines)
+
+
+def _probed_lines(values: dict[str, Any]) -> list[str]:
+    """The largest step's memory as estimated and as measured, where it was."""
+    found = values.get("probe")
+    if not found:
+        return []
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in found["parts"].items() if size >= 5e6)
+    told = "no estimate for this kind of run"
+    if found["estimate"] is not None:
+        told = f"estimate {found['estimate'] / 1e9:.2f} GB ({parts}), {found['difference']:+.0%}"
+    rows = f"{len(found['rows'])} row{'s' if len(found['rows']) > 1 else ''}"
+    again = f", {found['recomputed']} layers computed again" if found["recomputed"] else ""
+    return [f"probe step: {found['measured'] / 1e9:.2f} GB measured on the largest {rows}{again}; {told}"]
 
 
 def fast_text(values: dict[str, Any]) -> str:

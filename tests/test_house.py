@@ -53,6 +53,7 @@ FLOORS = {
     "outcome": 6,
     "run": 6,
     "planning": 6,
+    "probing": 6,
     "checking": 6,
     "converting": 6,
     "tracing": 6,

@@ -10,8 +10,9 @@ Price: the lengths of all rows (no picture is opened but the largest forward's);
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,6 +30,7 @@ from mmft.engine.step_memory import Peak, StepMemory, StepSizes, held, layers_as
 from mmft.errors import MemoryLimitError, MmftError
 from mmft.fast.kernel_caches import KEPT_BYTES, give_back
 from mmft.journal import Journal
+from mmft.objectives.base import StepContext, StepObjective
 
 STEPS_LOOKED_AT = 2048
 """Steps among which the largest forward is looked for."""
@@ -180,13 +182,23 @@ def probe(job: TrainJob, batch: Batch, *, count: int, device: torch.device) -> i
     for layer in layers:
         layer.training = True
     dtype = job.adapted.backbone.model.dtype
-    inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.inputs.items()}
-    half = torch.autocast(device.type, dtype=torch.bfloat16) if job.section.bf16 else nullcontext()
+
+    def half() -> AbstractContextManager[Any]:
+        return torch.autocast(device.type, dtype=torch.bfloat16) if job.section.bf16 else nullcontext()
+
+    def placed(one: Batch) -> Batch:
+        inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in one.inputs.items()}
+        return job.prepare(replace(one, inputs=inputs).to(device))
+
     try:
         with torch.random.fork_rng(devices=[]), Peak() as peak, memory_errors("the probe step", batch.ids):
-            with half:
-                loss = job.objective.loss(model, job.prepare(replace(batch, inputs=inputs).to(device)))
-            loss.sum.backward()
+            if isinstance(job.objective, StepObjective):
+                step = StepContext(float(job.objective.count(batch)), (0,), placed, half)
+                job.objective.backward(model, [batch], step)
+            else:
+                with half():
+                    loss = job.objective.loss(model, placed(batch))
+                loss.sum.backward()
         return peak.bytes
     except MemoryLimitError:
         return 1 << 62

@@ -1,10 +1,11 @@
 """`python -m tests.bench.bench_store`: what filling the feature store costs the first epoch.
 
 Each round trains one epoch of unique pictures twice, in fresh processes, with the whole fast path: without the store,
-and with an empty one. Printed: samples/s of both and their ratio; and, of the epoch that fills, seconds a row of each
-thing that the store does, and their share of the step: reading and hashing a picture's bytes (`address`), looking it up
-(`get`), writing its features (`put`). The encoder sees a row alone with the store and a batch without: its time a row
-in both is on lines of its own. The clock starts after step 3. Run it alone on the machine.
+and with an empty one. Printed: samples/s of both and their ratio by the wall clock; and, by processor time, which
+others' work on the machine disturbs less, what a row costs in both, and in the epoch that fills each thing that the
+store does: reading and hashing a picture's bytes (`address`), looking it up (`get`), writing its features (`put`). The
+share is of the step on as many threads as there are (these things run on one). The encoder sees a row alone with the
+store and a batch without: its time a row in both is on lines of its own. The clock starts after step 3.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ def timed(owner: Any, name: str, spent: dict[str, float], label: str = "") -> No
     inner: Callable[..., Any] = getattr(owner, name)
 
     def call(*args: Any, **named: Any) -> Any:
-        begin = time.perf_counter()
+        clock = time.process_time if label else time.thread_time
+        begin = clock()
         try:
             return inner(*args, **named)
         finally:
             key = label or name
-            spent[key] = spent.get(key, 0.0) + time.perf_counter() - begin
+            spent[key] = spent.get(key, 0.0) + clock() - begin
 
     setattr(owner, name, call)
 
@@ -53,6 +55,7 @@ def run(told: dict[str, Any]) -> dict[str, Any]:
     from tests.bench import arms, watch
 
     spent: dict[str, float] = {}
+    used: list[float] = []
     for owner, name, label in (
         (stored, "address", ""),
         (Slabs, "get", ""),
@@ -65,6 +68,7 @@ def run(told: dict[str, Any]) -> dict[str, Any]:
     class Watch(watch.Watch):
         def on_step(self, state: Any, metrics: dict[str, float]) -> None:
             super().on_step(state, metrics)
+            used.append(time.process_time())
             if len(self.ends) == watch.WARM:
                 spent.clear()
 
@@ -73,8 +77,9 @@ def run(told: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     with tempfile.TemporaryDirectory(prefix="mmft-bench-") as name:
         found = arms.run_mmft(told, Path(name))
-    rows = told["batch"] * (told["steps"] - watch.WARM)
-    return {**found, "spent": {name: value / rows for name, value in sorted(spent.items())}}
+    rows, threads = told["batch"] * (told["steps"] - watch.WARM), torch.get_num_threads()
+    spent["step"] = used[-1] - used[watch.WARM - 1]
+    return {**found, "threads": threads, "spent": {name: value / rows for name, value in sorted(spent.items())}}
 
 
 def rounds(given: argparse.Namespace, workload: str, folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -111,23 +116,26 @@ def told_of(workload: str, found: dict[str, list[dict[str, Any]]]) -> list[str]:
     """The lines that are printed for a workload."""
     speed = {arm: [one["samples_per_second"] for one in ours] for arm, ours in found.items()}
     ratios = sorted(a / b for a, b in zip(speed["filling"], speed["without"], strict=True))
-    step = 1 / statistics.median(speed["filling"])
     middle = {
         arm: {name: statistics.median(one["spent"].get(name, 0.0) for one in ours) for name in ours[0]["spent"]}
         for arm, ours in found.items()
     }
-    encoder = {arm: values.pop(ENCODER, 0.0) for arm, values in middle.items()}
+    encoder, step = ({arm: values.pop(name) for arm, values in middle.items()} for name in (ENCODER, "step"))
+    threads = found["filling"][0]["threads"]
     lines = [
         f"{workload:<10}without {statistics.median(speed['without']):6.2f} samples/s, "
         f"filling {statistics.median(speed['filling']):6.2f}, "
         f"ratio {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
     ]
-    for name, seconds in middle["filling"].items():
-        lines.append(f"{workload:<10}{name:<10}{1000 * seconds:8.3f} ms a row {seconds / step:8.2%} of the step")
-    whole = sum(middle["filling"].values())
-    lines.append(f"{workload:<10}{'in all':<10}{1000 * whole:8.3f} ms a row {whole / step:8.2%} of the step")
-    for arm, what in (("without", "in a batch"), ("filling", "alone")):
-        lines.append(f"{workload:<10}{ENCODER:<10}{1000 * encoder[arm]:8.3f} ms a row, rows {what}")
+    parts = {**middle["filling"], "in all": sum(middle["filling"].values())}
+    for name, seconds in parts.items():
+        share = seconds * threads / step["filling"]
+        lines.append(
+            f"{workload:<10}{name:<10}{1000 * seconds:9.3f} ms a row {share:8.2%} of a step on {threads} threads"
+        )
+    for what, of in (("step", step), (ENCODER, encoder)):
+        told = ", ".join(f"{1000 * of[arm]:.1f} {arm}" for arm in found)
+        lines.append(f"{workload:<10}{what:<10}ms of processor time a row: {told}")
     return lines
 
 

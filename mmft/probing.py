@@ -1,0 +1,124 @@
+"""`mmft plan --probe`: the memory of a run as estimated, and as one step on its largest real forward takes it.
+
+The model is loaded and the fast path put in as in a run; the forward with the most tokens goes through once, forward
+and backward (objectives that make a step's gradients themselves make one), and no weight moves. `measured` is the peak
+of that with the optimizer's moments, which a run holds beside it. Price: loading, the lengths of all rows, a step.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from mmft.adapters.build import build_adapters
+from mmft.backbones.load import Backbone, load_backbone
+from mmft.data.collate import Batch
+from mmft.data.steps import plan_steps
+from mmft.data.streaming import Streamed
+from mmft.engine.budget import largest_batch, plan_memory, probe
+from mmft.engine.job import TrainJob
+from mmft.engine.memory import recomputable
+from mmft.engine.step_memory import held
+from mmft.errors import RecipeError
+from mmft.fast.kernel_caches import KEPT_BYTES, give_back
+from mmft.fast.known import fast_plan, install
+from mmft.fast.plan import Setting, Work
+from mmft.journal import Journal
+from mmft.kinds import kind_of
+from mmft.kinds.base import Datasets
+from mmft.recipe.schema import Recipe
+from mmft.stages import calibration, load_datasets
+
+
+def probe_memory(recipe: Recipe) -> dict[str, Any]:
+    """Bytes: `parts` of the estimate, `estimate` (None where the kind of run has none), `measured`, how far they are
+    apart as a share of it (`difference`); the `rows` that went through and the layers that were `recomputed`.
+
+    Raises RecipeError for streamed rows, whose largest forward is not known, and for a step that does not fit.
+    """
+    kind, device = kind_of(recipe), PartialState().device
+    with tempfile.TemporaryDirectory() as scratch:  # a kind that composes its base writes it there
+        backbone = load_backbone(kind.base(recipe, Path(scratch)), recipe.quantization, device=device)
+        datasets = load_datasets(recipe, backbone.processor, Journal(None, quiet=True))
+        if isinstance(datasets.train, Streamed):
+            raise RecipeError(
+                "the largest forward of streamed rows is not known before they come",
+                where="data.train[].streaming",
+                do="plan without --probe, or take streaming out",
+            )
+        seen = calibration(recipe, backbone, datasets)
+        adapted = build_adapters(backbone, recipe.adapter, seed=recipe.train.seed, calibration=seen)
+        adapted = kind.adapt(adapted, recipe)
+        steps, total = plan_steps(recipe, datasets.train, 1)
+        setting = Setting(recipe, adapted, datasets.renderer, datasets.train, steps=steps)
+        work = Work(adapted, kind.objective(recipe, adapted, datasets), datasets.renderer, steps=steps)
+        fast, work = install(fast_plan(setting), setting, work)
+        give_back()
+        try:
+            job = TrainJob(
+                adapted=work.adapted,
+                objective=work.objective,
+                samples=datasets.train,
+                eval_samples=[],
+                renderer=work.renderer,
+                plan=work.steps or steps,
+                total_steps=total,
+                eval_batch_size=1,
+                section=recipe.train,
+                folder=Path(scratch),
+                identity={},
+                prepare=work.prepare,
+            )
+            return _probed(recipe, job, backbone, datasets, fast=fast.on("lora_fused"), device=device)
+        finally:
+            work.release()
+
+
+def _probed(
+    recipe: Recipe, job: TrainJob, backbone: Backbone, datasets: Datasets, *, fast: bool, device: torch.device
+) -> dict[str, Any]:
+    budget = recipe.train.memory_budget
+    planned = None
+    if recipe.objective.name == "sft":
+        planned = plan_memory(job, fast=fast, budget=budget, world=1, device=device)
+    batch = largest_batch(job)
+    parts = _parts(recipe, job, backbone, datasets, batch) if planned is None else planned.parts
+    layers = recomputable(job.adapted) if recipe.train.gradient_checkpointing or budget is not None else []
+    count = len(layers) if planned is None else planned.recomputed
+    peak = planned.probed if planned is not None and planned.probed else probe(job, batch, count=count, device=device)
+    if peak >= 1 << 62:
+        raise RecipeError(
+            "the memory ran out in the probe step",
+            where=f"rows {', '.join(batch.ids[:8])}",
+            do="lower train.per_device_train_batch_size, or set train.memory_budget",
+        )
+    measured = peak + parts["optimizer"]
+    known = {"activations", "vision", "logits"} & parts.keys()
+    estimate = sum(parts.values()) if known else None
+    return {
+        "parts": parts,
+        "estimate": estimate,
+        "measured": measured,
+        "difference": None if estimate is None else (estimate - measured) / measured,
+        "rows": list(batch.ids),
+        "recomputed": count,
+    }
+
+
+def _parts(recipe: Recipe, job: TrainJob, backbone: Backbone, datasets: Datasets, batch: Batch) -> dict[str, int]:
+    """The kind's own estimate for the rows of this batch, and what every run holds."""
+    kind, trained = kind_of(recipe), sum(value.numel() for value in job.adapted.trainable().values())
+    own = set(batch.ids)
+    lengths = kind.measure(datasets.renderer, [sample for sample in datasets.train if sample.id in own])
+    found = kind.memory(recipe, backbone, trainable=trained, lengths=lengths) or {}
+    return {
+        "process": held(),
+        "kernels": KEPT_BYTES if recipe.train.bf16 and not torch.cuda.is_available() else 0,
+        "optimizer": 8 * trained,
+        "gradients": 6 * trained,
+        **found,
+    }

@@ -1,0 +1,67 @@
+"""`mmft plan --probe`: the largest real step goes through once, beside what was estimated of it; nothing is trained."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import mmft
+from mmft.errors import RecipeError
+from mmft.summary import plan_text
+from tests import runs
+from tests.fast.test_store_objectives import ONLINE, PREFERENCES, a_recipe
+from tests.objectives import captioners, pairs
+
+
+def test_a_run_of_conversations_is_probed_on_its_largest_forward(tmp_path):
+    recipe = runs.write_recipe(tmp_path, {"train.max_steps": 2, "data.eval": []})
+    done = runs.cli("plan", str(recipe), "--probe", "--json")
+    values = json.loads(done.out)
+    found = values["probe"]
+    assert done.code == 0 and len(found["rows"]) == 2
+    assert found["estimate"] == sum(found["parts"].values())
+    assert found["difference"] == pytest.approx((found["estimate"] - found["measured"]) / found["measured"])
+    assert abs(found["difference"]) < 0.1
+    assert not (tmp_path / "runs").exists(), "nothing is written"
+    text = plan_text(values)
+    assert "probe step: " in text and "GB measured on the largest 2 rows; estimate " in text
+    assert "probe step" not in plan_text(mmft.plan(recipe))
+
+
+@pytest.mark.parametrize("objective", [PREFERENCES["dpo"], PREFERENCES["reward"], ONLINE["grpo"], ONLINE["ppo"]])
+def test_other_objectives_make_a_step_too(tmp_path, objective):
+    recipe = a_recipe(tmp_path, objective).model_dump(mode="json", exclude_unset=True)
+    found = mmft.plan(recipe, probe=True)["probe"]
+    assert found["parts"]["activations"] > 0 and abs(found["difference"]) < 0.1
+
+
+def test_captions_and_pairs_make_a_step_too(tmp_path):
+    for values in (captioners.values(tmp_path), pairs.values(tmp_path)):
+        found = mmft.plan(values, probe=True)["probe"]
+        assert found["measured"] > 0 and (found["estimate"] is None) == ("activations" not in found["parts"])
+    found["estimate"] = None
+    text = plan_text({**mmft.plan(values), "probe": found})
+    assert "no estimate for this kind of run" in text
+
+
+def test_layers_are_computed_again_where_the_recipe_says_so(tmp_path):
+    changes = {**runs.TRAIN_ONLY, "train.gradient_checkpointing": True}
+    found = mmft.plan(runs.values(tmp_path, changes), probe=True)["probe"]
+    assert found["recomputed"] == 2
+    budget = {**runs.TRAIN_ONLY, "train.memory_budget": 64.0}
+    assert mmft.plan(runs.values(tmp_path, budget), probe=True)["probe"]["recomputed"] == 0
+
+
+def test_a_step_that_does_not_fit_and_streamed_rows_say_so(tmp_path, monkeypatch):
+    streamed = runs.values(tmp_path, {**runs.TRAIN_ONLY, "data.train": [{"path": str(runs.rows()), "streaming": True}]})
+    with pytest.raises(RecipeError, match="largest forward of streamed rows"):
+        mmft.plan(streamed, probe=True)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("mmft.objectives.sft.SftObjective.loss", full)
+    with pytest.raises(RecipeError, match="ran out in the probe step"):
+        mmft.plan(runs.values(tmp_path, {**runs.TRAIN_ONLY, "train.fast": False}), probe=True)
