@@ -13,6 +13,7 @@ from mmft.fast import (
     kernel_caches,
     last_layer,
     lora_fused,
+    native_kernels,
     no_graph,
     packing,
     products,
@@ -35,6 +36,7 @@ CANDIDATES: tuple[Candidate, ...] = (
     lora_fused.ONCE,
     fused_norms.CANDIDATE,
     products.CANDIDATE,
+    native_kernels.CANDIDATE,
 )
 """A new one is entered here, and its name in `mmft.recipe.section.FastName`."""
 

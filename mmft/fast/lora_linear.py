@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from mmft.fast.native_rows import silu_times, silu_times_back
+
 Weight = Callable[[torch.dtype], Tensor]
 
 
@@ -248,7 +250,7 @@ class _Gated(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1]).to(dtype)
             (gate, up), first = forward_lines(rows, stacks[0], training=training)
-            (out,), second = forward_lines(act.value(gate).mul_(up), stacks[1], training=training)
+            (out,), second = forward_lines(act.times(gate, up)[0], stacks[1], training=training)
         ctx.save_for_backward(rows, gate, up, *first.tensors(), *second.tensors())
         ctx.first, ctx.second = first.bare(), second.bare()
         ctx.stacks, ctx.act, ctx.shape, ctx.dtype = stacks, act, x.shape, x.dtype
@@ -260,13 +262,11 @@ class _Gated(torch.autograd.Function):
         cut = 1 + 2 * len(ctx.stacks[0].lines)
         kept = ctx.first.again(saved[:cut]), ctx.second.again(saved[cut:])
         with torch.autocast(rows.device.type, enabled=False):
-            opened = ctx.act.value(gate)
-            product = opened * up
+            product, opened = ctx.act.times(gate, up, again=True)
             given = gradient.reshape(-1, gradient.shape[-1]).to(rows.dtype)
             to_product, second = backward_lines(product, ctx.stacks[1], kept[1], [given])
             assert to_product is not None
-            to_up = opened.mul_(to_product)
-            to_gate = ctx.act.slope(to_product.mul_(up), gate)
+            to_gate, to_up = ctx.act.back(gate, up, to_product, opened)
             dx, first = backward_lines(rows, ctx.stacks[0], kept[0], [to_gate, to_up], wants_x=ctx.needs_input_grad[0])
         dx = None if dx is None else dx.view(ctx.shape).to(ctx.dtype)
         return (dx, None, None, None, None, *first, *second)
@@ -274,14 +274,32 @@ class _Gated(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Act:
-    """An elementwise function, and its gradient from that of its value and its argument."""
+    """An elementwise function, and its gradient from that of its value and its argument; `silu`: kernels know it."""
 
     value: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor, Tensor], Tensor]
+    silu: bool = False
+
+    def times(self, gate: Tensor, up: Tensor, *, again: bool = False) -> tuple[Tensor, Tensor | None]:
+        """`value(gate) * up`, and with `again` the first factor, where it was made."""
+        made = silu_times(gate, up) if self.silu else None
+        if made is not None:
+            return made, None
+        opened = self.value(gate)
+        return (opened * up, opened) if again else (opened.mul_(up), None)
+
+    def back(self, gate: Tensor, up: Tensor, given: Tensor, opened: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Gradients of gate and up from that of `times`, which is written over."""
+        made = silu_times_back(gate, up, given) if opened is None else None
+        if made is not None:
+            return made
+        assert opened is not None
+        to_up = opened.mul_(given)
+        return self.slope(given.mul_(up), gate), to_up
 
 
 ACTS = (
-    Act(F.silu, lambda given, x: torch.ops.aten.silu_backward(given, x)),
+    Act(F.silu, lambda given, x: torch.ops.aten.silu_backward(given, x), silu=True),
     Act(
         lambda x: F.gelu(x, approximate="tanh"),
         lambda given, x: torch.ops.aten.gelu_backward(given, x, approximate="tanh"),

@@ -13,10 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmft.fast.native_rows import norm, norm_back
+
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        made = norm(x, weight, eps)
+        if made is not None:
+            ctx.save_for_backward(x, weight, made[1])
+            return made[0]
         wide = torch.promote_types(x.dtype, torch.float32)
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_()
         rate = square.div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -26,6 +32,9 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         x, weight, rate = ctx.saved_tensors
+        made = norm_back(gradient, x, weight, rate)
+        if made is not None:
+            return made, None, None
         given = (gradient * weight).to(rate.dtype)
         share = (given * x).sum(-1, keepdim=True).mul_(rate).mul_(rate).div_(-x.shape[-1])
         return given.addcmul_(x.to(rate.dtype), share).mul_(rate).to(x.dtype), None, None

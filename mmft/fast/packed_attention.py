@@ -32,6 +32,7 @@ from transformers.utils import is_flash_attn_2_available
 from mmft.errors import BackboneError
 from mmft.fast.attention import attend, products_chosen
 from mmft.fast.line_attention import groups_of, line_attention
+from mmft.fast.native_attention import fits, native_line
 
 NAME = "mmft_packed"
 Row = tuple[int, int, int, int]
@@ -102,8 +103,11 @@ def packed_attention(
     if query.is_cuda and not any(row[3] for row in rows) and is_flash_attn_2_available():
         return _flash(query, key, value, rows, dropout=dropout, scale=scaling, window=window), None
     longest = max(row[1] - row[0] + row[3] - row[2] for row in rows)
-    if products_chosen() and query.device.type == "cpu" and not dropout and (window is None or window >= longest):
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    whole = query.device.type == "cpu" and not dropout and (window is None or window >= longest)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if whole and fits(query, key, value):
+        return native_line(query, key, value, rows, scale=scale), None
+    if whole and products_chosen():
         return line_attention(query, key, value, groups_of(tuple(rows)), scale=scale), None
     parts = [
         _attend(query, key, value, list(group), dropout=dropout, scale=scaling, window=window)

@@ -21,6 +21,7 @@ FastName = Literal[
     "nf4_once",
     "norms_fused",
     "attention_products",
+    "native_kernels",
 ]
 """Optimisations that `train.fast` can name; `mmft.fast.known` holds them."""
 Positive = Annotated[int, Field(ge=1)]

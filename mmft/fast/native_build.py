@@ -1,0 +1,132 @@
+"""Kernels in C, compiled on the user's machine by its own gcc: found, built once, loaded, and chosen for a run.
+
+The sources are `mmft/fast/native/`. What is built is kept in `kernels/` of the cache (`MMFT_CACHE`, else
+`~/.cache/mmft`), a folder that is used only where nobody but its owner, this user, may write; else it is built anew for
+the process. Its name holds the digest of sources, flags and compiler. The library shares torch's OpenMP threads: a
+second set of threads would wait in the way of the first. Price: a second of gcc, once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).parent / "native"
+FLAGS = (
+    *("-O3", "-fopenmp", "-shared", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno"),
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
+)
+SECONDS = 120
+"""gcc is given up after."""
+
+
+class NoKernels(Exception):
+    """Why there are none here."""
+
+
+class _Chosen:
+    library: ctypes.CDLL | None = None
+
+
+def choose(library: ctypes.CDLL | None) -> ctypes.CDLL | None:
+    """Let calls that fit go through `library` (None: through torch); what was chosen before."""
+    before, _Chosen.library = _Chosen.library, library
+    return before
+
+
+def chosen() -> ctypes.CDLL | None:
+    """What `choose` chose."""
+    return _Chosen.library
+
+
+def why_not() -> str | None:
+    """What is missing for kernels on this machine; None when nothing is."""
+    flags = _processor().split()
+    if "avx512_bf16" not in flags:
+        return "the processor has no products of bfloat16 in vectors (AVX512-BF16)"
+    return None if shutil.which("gcc") else "there is no gcc to build them with"
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """The built library. Raises NoKernels where it cannot be built or would bring threads of its own."""
+    reason = why_not()
+    if reason:
+        raise NoKernels(reason)
+    gcc = shutil.which("gcc") or "gcc"
+    sources = sorted(SOURCES.glob("*.[ch]"))
+    told = hashlib.sha256(" ".join(FLAGS).encode())
+    told.update(_say([gcc, "-v"]).encode())
+    for source in sources:
+        told.update(source.read_bytes())
+    kept = _own_folder()
+    folder = kept or Path(tempfile.mkdtemp(prefix="mmft-kernels-"))
+    path = folder / f"{told.hexdigest()[:32]}.so"
+    try:
+        if not path.exists():
+            _build(gcc, [str(source) for source in sources if source.suffix == ".c"], path)
+        found = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NoKernels(f"what gcc built cannot be loaded ({error})") from None
+    finally:
+        if kept is None:  # a loaded library stays, its file need not
+            shutil.rmtree(folder, ignore_errors=True)
+    if len(_threads()) > 1:
+        raise NoKernels(f"they would bring a second set of threads ({', '.join(sorted(_threads()))})")
+    return found
+
+
+def _build(gcc: str, sources: list[str], path: Path) -> None:
+    """Compile beside `path` and rename: processes that build at once end with the same file."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as name:
+        made = Path(name) / "kernels.so"
+        try:
+            _say([gcc, *FLAGS, "-o", str(made), *sources, "-lm"])
+        except subprocess.CalledProcessError as error:
+            last = (error.stderr or "").strip().splitlines()[-1:] or [f"exit {error.returncode}"]
+            raise NoKernels(f"gcc cannot build them ({last[0][:200]})") from None
+        except subprocess.TimeoutExpired:
+            raise NoKernels(f"gcc took more than {SECONDS} s") from None
+        os.replace(made, path)
+
+
+def _say(words: list[str]) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=True)
+    return done.stdout + done.stderr
+
+
+def _own_folder() -> Path | None:
+    """The cache's folder for libraries, where only this user can write into it."""
+    folder = Path(os.environ.get("MMFT_CACHE", "~/.cache/mmft")).expanduser() / "kernels"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.lstat()
+    except OSError:
+        return None
+    own = state.st_uid == os.getuid() and not state.st_mode & 0o022
+    return folder if own and not folder.is_symlink() and os.access(folder, os.W_OK) else None
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    return next((line.partition(":")[2] for line in lines if line.startswith("flags")), "")
+
+
+def _threads() -> set[str]:
+    """Libraries of OpenMP threads in this process."""
+    names = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
+    return {Path(name).name for name in names if Path(name).name.startswith(("libgomp", "libiomp5", "libomp."))}
+
+
+def pointer(x: torch.Tensor | None) -> ctypes.c_void_p:
+    """A tensor's first value, or nothing."""
+    return ctypes.c_void_p(0 if x is None else x.data_ptr())

@@ -1,0 +1,160 @@
+"""Attention, RMS norms and gated products by kernels in C (`native/`), built by the machine's gcc, in bfloat16 on a CPU.
+
+Torch's operators write every step of a softmax, a norm or a gate to memory and read it again; a kernel does not, and
+its products of bfloat16 keep float32 sums, which no operator of torch gives out on a CPU. Each kernel stands behind the
+function it takes the place of (`native_attention`, `native_rows`), which goes on with torch for what is not its own:
+masks of padding, soft caps, windows, dropout on P, widths that are not whole vectors, other types. They go in where
+attention is faster here by them than by what was chosen before. Price: a second of gcc, once on a machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmft.fast import native_build, products
+from mmft.fast.attention import products_chosen
+from mmft.fast.line_attention import groups_of, line_attention
+from mmft.fast.native_attention import Segment, fits, native_line, native_rows
+from mmft.fast.plan import Candidate, NotHere, Setting, Work
+from mmft.fast.probe import on_cpu
+from mmft.fast.products import configs_of, seconds
+from mmft.fast.timed import kept_times
+
+NAME = "mmft_native"
+OTHERS = ("sdpa", products.NAME)
+"""Attention functions whose place the kernel takes; the packed one asks for it by itself."""
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls; the arguments are those of its `sdpa` function."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    special = any(options.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
+    lengths = query.shape[2] == key.shape[2] > 1
+    if attention_mask is None and lengths and not special and not dropout and fits(query, key, value):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return native_rows(query, key, value, scale=scale, causal=bool(causal)).transpose(1, 2), None
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    other = products.NAME if products_chosen() else "sdpa"
+    found: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS[other](
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        is_causal=is_causal,
+        **options,
+    )
+    return found
+
+
+def register() -> None:
+    """Make the function known to transformers, with the masks of `sdpa`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def holds(setting: Setting) -> tuple[bool, str]:
+    """On a CPU with vectors of bfloat16, a compiler, and steps computed in bfloat16."""
+    if not on_cpu(setting):
+        return False, "accelerators have kernels of their own"
+    if not setting.recipe.train.bf16 and setting.adapted.backbone.model.dtype != torch.bfloat16:
+        return False, "the kernels compute in bfloat16"
+    reason = native_build.why_not()
+    return reason is None, reason or "attention, norms and gates in one pass, built by this machine's gcc"
+
+
+def saves(setting: Setting) -> str:
+    """What the three parts save; attention's is measured."""
+    return "most passes over memory that are no product; attention by a factor that is measured"
+
+
+def race(text: Any, *, length: int = 256) -> tuple[float, float]:
+    """Seconds of forward and backward of two rows by what was chosen before (or torch's kernel) and by the kernel."""
+    heads = text.num_attention_heads
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    line: list[Segment] = [(0, length, 0, 0), (length, 2 * length, 0, 0)]
+    query, key, value = (
+        torch.randn((1, count, 2 * length, width), dtype=torch.bfloat16, requires_grad=True)
+        for count in (heads, groups, groups)
+    )
+    if not fits(query, key, value):
+        raise NotHere(f"heads of width {width} are not whole vectors")
+    slope = torch.randn((1, 2 * length, heads, width), dtype=torch.bfloat16)
+
+    def before() -> None:
+        if products_chosen():
+            out = line_attention(query, key, value, groups_of(tuple(line)), scale=width**-0.5)
+        else:
+            q, k, v = (one[0].unflatten(1, (2, length)).transpose(0, 1) for one in (query, key, value))
+            folded = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != groups)
+            out = folded.permute(0, 2, 1, 3).reshape(slope.shape)
+        torch.autograd.grad(out, (query, key, value), slope)
+
+    def kernel() -> None:
+        out = native_line(query, key, value, line, scale=width**-0.5)
+        torch.autograd.grad(out, (query, key, value), slope)
+
+    with torch.enable_grad():
+        return seconds(before), seconds(kernel)
+
+
+def install(setting: Setting, work: Work) -> Work:
+    """Build, choose, and give attention to the kernel where it wins. Raises NotHere where it does not, or where the
+    kernels cannot be built."""
+    try:
+        before = native_build.choose(native_build.library())
+    except native_build.NoKernels as error:
+        raise NotHere(str(error)) from None
+    model = setting.adapted.backbone.model
+    was = {name: config._attn_implementation for name, config in configs_of(model).items()}
+
+    def take_back() -> None:
+        native_build.choose(before)
+        model.set_attn_implementation(was)
+
+    try:
+        _attention_goes_in(model)
+    except BaseException:
+        take_back()
+        raise
+    return replace(work, undo=(*work.undo, take_back))
+
+
+def _attention_goes_in(model: Any) -> None:
+    text = model.config.get_text_config()
+    shape = f"{text.num_attention_heads} x {text.hidden_size}, {'products' if products_chosen() else 'sdpa'}"
+    theirs, ours = kept_times(f"native attention {shape}", lambda: race(text))
+    if theirs < products.WINS_BY * ours:
+        raise NotHere(f"attention takes {theirs * 1e3:.1f} ms as it is, and {ours * 1e3:.1f} ms by the kernel")
+    if getattr(model, "_supports_attention_backend", False):
+        register()
+        named = {name: one for name, one in configs_of(model).items() if one._attn_implementation in OTHERS}
+        model.set_attn_implementation(dict.fromkeys(named, NAME))
+
+
+CANDIDATE = Candidate(
+    "native_kernels", holds, saves, install, whole="ranks that time it would run unlike numbers of forwards"
+)
