@@ -293,8 +293,7 @@ class Act:
         made = silu_times_back(gate, up, given) if opened is None else None
         if made is not None:
             return made
-        assert opened is not None
-        to_up = opened.mul_(given)
+        to_up = (self.value(gate) if opened is None else opened).mul_(given)
         return self.slope(given.mul_(up), gate), to_up
 
 

@@ -2,18 +2,20 @@
 
 Formula: for a row with a beginning p that it also sees, `softmax(s Q [K_p; K]^T + triangle) [V_p; V]`; products in
 bfloat16 summed in float32, softmax in float32, P and the slope of the scores rounded to bfloat16 for the products they
-enter. Padding, gathered copies and scores in memory do not exist. Price: P is kept for backward where a row sees no
-more than `KEPT_KEYS` keys, and made again beyond.
+enter. Padding, gathered copies and scores in memory do not exist. Price: P is kept for backward where no row sees more
+than `KEPT_KEYS` keys, and made again beyond; the kernels' room is torch's memory, refused as torch refuses it.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mmft.fast.attention import KEPT_KEYS
 from mmft.fast.native_build import chosen, pointer
@@ -43,14 +45,18 @@ class _Shape(ctypes.Structure):
 
 
 def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether kernels were chosen and take (B, H, S, D) queries of these keys and values: bfloat16 on a CPU (or about
+    """Whether kernels were chosen and take (B, H, S, D) queries of as many keys and values: bfloat16 on a CPU (or about
     to become so), widths of whole vectors."""
-    if chosen() is None or query.device.type != "cpu":
+    if chosen() is None or not query.numel() or {one.device.type for one in (query, key, value)} != {"cpu"}:
         return False
-    kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    same = all(one.dtype == kind or torch.is_autocast_enabled("cpu") for one in (query, key, value))
-    wide = query.shape[-1] % VECTOR == 0 and value.shape[-1] % VECTOR == 0
-    return kind == torch.bfloat16 and same and wide and query.shape[1] % key.shape[1] == 0
+    cast = torch.is_autocast_enabled("cpu")
+    kind = torch.get_autocast_dtype("cpu") if cast else query.dtype
+    allowed = (torch.bfloat16, torch.float32, torch.float16) if cast else (torch.bfloat16,)  # autocast leaves float64
+    if kind != torch.bfloat16 or any(one.dtype not in allowed for one in (query, key, value)):
+        return False
+    (batch, heads, tokens, width), (_, groups, _, _) = query.shape, key.shape
+    rows = key.shape == (batch, groups, tokens, width) and value.shape[:3] == key.shape[:3]
+    return rows and heads % groups == 0 and width % VECTOR == 0 and value.shape[3] % VECTOR == 0
 
 
 def native_line(
@@ -79,18 +85,32 @@ def _plain(x: Tensor) -> Tensor:
     return x if whole else x.contiguous()
 
 
-def _table(segments: Sequence[Segment], heads: int) -> tuple[Tensor, int]:
-    """The kernel's rows, and the values of P of all of them."""
-    rows, at = [], 0
+@lru_cache(maxsize=64)
+def _table(segments: tuple[Segment, ...], shape: tuple[int, int, int, int]) -> tuple[Tensor, int, int]:
+    """The kernel's rows; the values of P, and of the slopes of keys and values, of all of them. `shape`: tokens, heads,
+    groups, widths of a key and its value together."""
+    tokens, heads, groups, both = shape
+    rows, at, part = [], 0, 0
     for start, end, first, last in segments:
-        rows.append((start, end - start, first, last - first, at))
-        at += heads * (end - start) * (-(-(end - start + last - first) // VECTOR) * VECTOR)
-    return torch.tensor(rows, dtype=torch.int64), at
+        if not 0 <= first <= last <= start <= end <= tokens:
+            raise ValueError(f"a line of {tokens} tokens has no segment {(start, end, first, last)}")
+        own, keys = end - start, end - start + last - first
+        rows.append((start, own, first, last - first, at, part))
+        at += heads * own * (-(-keys // VECTOR) * VECTOR)
+        part += groups * (keys + TILE) * both
+    return torch.tensor(rows, dtype=torch.int64), at, part
 
 
 def _shape(q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: int, causal: bool, scale: float) -> _Shape:
     sizes = (rows, len(q), len(k), q.shape[2], v.shape[2], int(causal), torch.get_num_threads())
     return _Shape(*sizes, _Strides.of(q), _Strides.of(k), _Strides.of(v), _Strides.of(out.transpose(0, 1)), scale)
+
+
+def _room(told: Any, shape: _Shape, table: Tensor) -> tuple[Tensor, ctypes.c_long]:
+    """Room for the threads of a kernel, and the bytes of each."""
+    told.restype = ctypes.c_long
+    each = told(ctypes.byref(shape), pointer(table))
+    return torch.empty(shape.threads * each, dtype=torch.uint8), ctypes.c_long(each)
 
 
 class _Native(torch.autograd.Function):
@@ -100,31 +120,34 @@ class _Native(torch.autograd.Function):
     ) -> Tensor:
         kernels = chosen()
         assert kernels is not None
-        table, values = _table(segments, len(q))
+        table, values, parts = _table(segments, (q.shape[1], len(q), len(k), q.shape[2] + v.shape[2]))
         most = max(end - start + last - first for start, end, first, last in segments)
         keeps = most <= KEPT_KEYS and any(ctx.needs_input_grad)
         kept = q.new_empty(values) if keeps else None
         out = q.new_empty(q.shape[1], len(q), v.shape[2])
         shape = _shape(q, k, v, out, len(segments), *how)
-        tensors = (table, q, k, v, out, kept)
-        kernels.mmft_attend(ctypes.byref(shape), *(pointer(one) for one in tensors))
+        room, each = _room(kernels.mmft_attend_room, shape, table)
+        tensors = (table, q, k, v, out, kept, room)
+        kernels.mmft_attend(ctypes.byref(shape), *(pointer(one) for one in tensors), each)
         ctx.save_for_backward(table, q, k, v, kept)
-        ctx.how, ctx.most = how, most
+        ctx.how, ctx.parts = how, parts
         return out
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         kernels = chosen()
         assert kernels is not None
         table, q, k, v, kept = ctx.saved_tensors
         given = gradient.to(q.dtype).contiguous()
         shape = _shape(q, k, v, given, len(table), *ctx.how)
-        room = (ctx.most + TILE) * (q.shape[2] + v.shape[2])
-        parts = torch.empty(len(table) * len(k) * room)
+        parts = torch.empty(ctx.parts)
         dq, dk, dv = (one.new_empty(one.shape[1], len(one), one.shape[2]).transpose(0, 1) for one in (q, k, v))
-        z, part = ctypes.byref(shape), ctypes.c_long(room)
-        tensors = (table, q, k, v, given, kept, dq)
-        kernels.mmft_attend_back(z, *(pointer(one) for one in tensors), _Strides.of(dq), pointer(parts), part)
-        tokens = ctypes.c_long(q.shape[1])
-        kernels.mmft_attend_sum(z, pointer(table), tokens, pointer(parts), part, pointer(dk), pointer(dv))
+        room, each = _room(kernels.mmft_attend_back_room, shape, table)
+        z, inputs = ctypes.byref(shape), (pointer(one) for one in (table, q, k, v, given, kept, dq))
+        kernels.mmft_attend_back(z, *inputs, _Strides.of(dq), pointer(parts), pointer(room), each)
+        tokens = q.shape[1]
+        room = torch.empty(shape.threads, tokens, q.shape[2] + v.shape[2])
+        outputs = (pointer(one) for one in (parts, room, dk, dv))
+        kernels.mmft_attend_sum(z, pointer(table), ctypes.c_long(tokens), *outputs)
         return dq, dk, dv, None, None

@@ -61,41 +61,42 @@ def library() -> ctypes.CDLL:
     reason = why_not()
     if reason:
         raise NoKernels(reason)
-    gcc = shutil.which("gcc") or "gcc"
-    sources = sorted(SOURCES.glob("*.[ch]"))
-    told = hashlib.sha256(" ".join(FLAGS).encode())
-    told.update(_say([gcc, "-v"]).encode())
-    for source in sources:
-        told.update(source.read_bytes())
-    kept = _own_folder()
-    folder = kept or Path(tempfile.mkdtemp(prefix="mmft-kernels-"))
-    path = folder / f"{told.hexdigest()[:32]}.so"
+    kept, scratch = _own_folder(), None
     try:
-        if not path.exists():
-            _build(gcc, [str(source) for source in sources if source.suffix == ".c"], path)
-        found = ctypes.CDLL(str(path))
+        gcc = shutil.which("gcc") or "gcc"
+        sources = sorted(SOURCES.glob("*.[ch]"))
+        told = hashlib.sha256(" ".join((*FLAGS, _say([gcc, "-v"]))).encode())
+        for source in sources:
+            told.update(source.read_bytes())
+        folder = kept or (scratch := Path(tempfile.mkdtemp(prefix="mmft-kernels-")))
+        found = _loaded(gcc, [str(one) for one in sources if one.suffix == ".c"], folder / f"{told.hexdigest()[:32]}.so")
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in (error.stderr or "").splitlines() if "error" in line] or [f"exit {error.returncode}"]
+        raise NoKernels(f"gcc cannot build them ({lines[0].strip()[:200]})") from None
+    except subprocess.TimeoutExpired:
+        raise NoKernels(f"gcc took more than {SECONDS} s") from None
     except OSError as error:
-        raise NoKernels(f"what gcc built cannot be loaded ({error})") from None
+        raise NoKernels(f"what gcc builds cannot be kept or loaded ({error})") from None
     finally:
-        if kept is None:  # a loaded library stays, its file need not
-            shutil.rmtree(folder, ignore_errors=True)
+        if scratch is not None:  # a loaded library stays, its file need not
+            shutil.rmtree(scratch, ignore_errors=True)
     if len(_threads()) > 1:
         raise NoKernels(f"they would bring a second set of threads ({', '.join(sorted(_threads()))})")
     return found
 
 
-def _build(gcc: str, sources: list[str], path: Path) -> None:
-    """Compile beside `path` and rename: processes that build at once end with the same file."""
+def _loaded(gcc: str, sources: list[str], path: Path) -> ctypes.CDLL:
+    """What lies at `path`, built where nothing does or what does cannot be loaded (a crash may cut a file short)."""
+    if path.exists():
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:
+            path.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         made = Path(name) / "kernels.so"
-        try:
-            _say([gcc, *FLAGS, "-o", str(made), *sources, "-lm"])
-        except subprocess.CalledProcessError as error:
-            last = (error.stderr or "").strip().splitlines()[-1:] or [f"exit {error.returncode}"]
-            raise NoKernels(f"gcc cannot build them ({last[0][:200]})") from None
-        except subprocess.TimeoutExpired:
-            raise NoKernels(f"gcc took more than {SECONDS} s") from None
-        os.replace(made, path)
+        _say([gcc, *FLAGS, "-o", str(made), *sources, "-lm"])
+        os.replace(made, path)  # processes that build at once end with the same file
+    return ctypes.CDLL(str(path))
 
 
 def _say(words: list[str]) -> str:

@@ -26,7 +26,7 @@ def _threads() -> ctypes.c_int:
 def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
     """`weight * x / rms(x)` over the last dimension, and 1 / rms(x) of every row in float32 (..., 1)."""
     kernels = _library(x, weight)
-    if kernels is None:
+    if kernels is None or weight.shape != x.shape[-1:]:
         return None
     out, rate = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     count, width = ctypes.c_long(rate.numel()), ctypes.c_long(x.shape[-1])
@@ -38,7 +38,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
 def norm_back(given: Tensor, x: Tensor, weight: Tensor, rate: Tensor) -> Tensor | None:
     """The gradient of x from that of the norm's value."""
     kernels = _library(given, x, weight)
-    if kernels is None:
+    if kernels is None or given.shape != x.shape:
         return None
     out = torch.empty_like(x)
     count, width = ctypes.c_long(rate.numel()), ctypes.c_long(x.shape[-1])
@@ -50,7 +50,7 @@ def norm_back(given: Tensor, x: Tensor, weight: Tensor, rate: Tensor) -> Tensor 
 def silu_times(gate: Tensor, up: Tensor) -> Tensor | None:
     """`silu(gate) * up`."""
     kernels = _library(gate, up)
-    if kernels is None:
+    if kernels is None or gate.shape != up.shape:
         return None
     out = torch.empty_like(up)
     tensors = (gate, up, out)
@@ -61,7 +61,7 @@ def silu_times(gate: Tensor, up: Tensor) -> Tensor | None:
 def silu_times_back(gate: Tensor, up: Tensor, given: Tensor) -> tuple[Tensor, Tensor] | None:
     """The gradients of gate and up; that of up takes the place of `given`."""
     kernels = _library(gate, up, given)
-    if kernels is None:
+    if kernels is None or not gate.shape == up.shape == given.shape:
         return None
     to_gate = torch.empty_like(gate)
     tensors = (gate, up, given, to_gate, given)

@@ -1,0 +1,140 @@
+/* Attention of rows of a line: products in bfloat16 summed in float32, softmax in float32.
+
+   A row is ROW numbers: first token of its queries, how many, first token of a beginning that it also sees, how many,
+   where its P begins, where the slopes of its keys and values do. Tokens and heads are found by strides. Every product
+   goes through `product`, which takes six rows of A (a value is a pair of neighbours along the sum) with a packed B:
+   (pairs, columns) of such pairs. Nothing is allocated here: the caller gives the room that was told to it. */
+#include "vectors.h"
+#include <omp.h>
+
+enum { ROW = 6, TILE = 6 };
+typedef struct { long head, token; } strides;
+typedef struct {
+    long rows, heads, groups, width, out_width, causal, threads;
+    strides q, k, v, out;
+    float scale;
+} shape;
+
+INLINE long up(long n, long to) { return (n + to - 1) / to * to; }
+
+/* C[TILE][16 * wide] = or += sum over pairs of A * B. A's value (i, k) is a[i * ai + k * ak]. */
+INLINE void block(const int wide, long pairs, const uint32_t *a, long ai, long ak, const uint32_t *b, long ldb,
+                  float *c, long ldc, const int add) {
+    __m512 sum[TILE][4];
+    for (int i = 0; i < TILE; i++)
+        for (int j = 0; j < wide; j++) sum[i][j] = add ? _mm512_loadu_ps(c + i * ldc + 16 * j) : _mm512_setzero_ps();
+    for (long k = 0; k < pairs; k++, b += ldb) {
+        __m512bh right[4];
+        for (int j = 0; j < wide; j++) right[j] = (__m512bh)_mm512_loadu_si512(b + 16 * j);
+        for (int i = 0; i < TILE; i++) {
+            __m512bh left = (__m512bh)_mm512_set1_epi32((int)a[i * ai + k * ak]);
+            for (int j = 0; j < wide; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
+        }
+    }
+    for (int i = 0; i < TILE; i++)
+        for (int j = 0; j < wide; j++) _mm512_storeu_ps(c + i * ldc + 16 * j, sum[i][j]);
+}
+
+/* The same for any number of columns that is a multiple of 16. */
+INLINE void product(long columns, long pairs, const uint32_t *a, long ai, long ak, const uint32_t *b, long ldb,
+                    float *c, long ldc, const int add) {
+    long at = 0;
+    for (; at + 64 <= columns; at += 64) block(4, pairs, a, ai, ak, b + at, ldb, c + at, ldc, add);
+    if (columns - at == 48) block(3, pairs, a, ai, ak, b + at, ldb, c + at, ldc, add);
+    if (columns - at == 32) block(2, pairs, a, ai, ak, b + at, ldb, c + at, ldc, add);
+    if (columns - at == 16) block(1, pairs, a, ai, ak, b + at, ldb, c + at, ldc, add);
+}
+
+/* Where a row's key t is: the beginning's come first, then its own. */
+INLINE const bf16 *token_at(const bf16 *x, long stride, const int64_t *row, long t) {
+    return x + (t < row[3] ? row[2] + t : row[0] + t - row[3]) * stride;
+}
+
+/* Tokens as columns: to[pair of the width][token], zeros behind the last of `keys` up to `wide`. */
+INLINE void across(uint32_t *to, long wide, const bf16 *x, long stride, const int64_t *row, long keys, long width) {
+    for (long t = 0; t < keys; t++) {
+        const bf16 *from = token_at(x, stride, row, t);
+        for (long pair = 0; pair < width / 2; pair++) memcpy(to + pair * wide + t, from + 2 * pair, 4);
+    }
+    for (long pair = 0; pair < width / 2; pair++) memset(to + pair * wide + keys, 0, (wide - keys) * 4);
+}
+
+/* to[i] = the pair (one[i], other[i]); without `other` it is paired with zero. */
+INLINE void interleave(uint32_t *to, const bf16 *one, const bf16 *other, long width) {
+    for (long d = 0; d < width; d += 16) {
+        __mmask16 some = first(width - d);
+        __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, one + d));
+        __m512i high = _mm512_setzero_si512();
+        if (other) high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, other + d));
+        _mm512_mask_storeu_epi32(to + d, some, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+}
+
+/* Tokens along the sum: to[pair of tokens][width]; an odd last one is paired with zeros. */
+INLINE void along(uint32_t *to, const bf16 *x, long stride, const int64_t *row, long keys, long width) {
+    for (long t = 0; t < keys; t += 2) {
+        const bf16 *next = t + 1 < keys ? token_at(x, stride, row, t + 1) : 0;
+        interleave(to + t / 2 * width, token_at(x, stride, row, t), next, width);
+    }
+}
+
+/* Softmax of rows of scores, of which row i sees `seen + i` keys (without `causal` all of them `seen`): P in bf16,
+   zeros up to `keys`. */
+INLINE void soften(float *scores, long lds, bf16 *p, long ldp, long rows, long seen, long causal, long keys,
+                   float scale) {
+    for (long i = 0; i < rows; i++) {
+        float *line = scores + i * lds;
+        long n = causal ? seen + i : seen;
+        __m512 most = _mm512_set1_ps(-INFINITY), low = most;
+        for (long at = 0; at < n; at += 16)
+            most = _mm512_max_ps(most, _mm512_mask_loadu_ps(low, first(n - at), line + at));
+        __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most) * scale), sum = _mm512_setzero_ps();
+        for (long at = 0; at < n; at += 16) {
+            __m512 e = exponential(_mm512_fmsub_ps(_mm512_loadu_ps(line + at), _mm512_set1_ps(scale), top));
+            e = _mm512_maskz_mov_ps(first(n - at), e);
+            sum = _mm512_add_ps(sum, e);
+            _mm512_storeu_ps(line + at, e);
+        }
+        __m512 share = _mm512_set1_ps(1.f / _mm512_reduce_add_ps(sum));
+        long at = 0;
+        for (; at < n; at += 16) store(p + i * ldp + at, _mm512_mul_ps(_mm512_loadu_ps(line + at), share));
+        for (; at < keys; at += 16) _mm256_storeu_si256((__m256i *)(p + i * ldp + at), _mm256_setzero_si256());
+    }
+}
+
+typedef struct { long own, before, keys, wide; } sizes;
+
+/* Tokens of a row's queries, of its beginning, of both, and those in whole vectors. */
+INLINE sizes sizes_of(const int64_t *row) {
+    sizes s = {row[1], row[3], row[1] + row[3], up(row[1] + row[3], 16)};
+    return s;
+}
+
+INLINE long longest(const shape *z, const int64_t *table) {
+    long most = 0;
+    for (long r = 0; r < z->rows; r++)
+        if (sizes_of(table + r * ROW).wide > most) most = sizes_of(table + r * ROW).wide;
+    return most;
+}
+
+/* The next `bytes` of a room, in whole cache lines; `at` counts them. Without a room it only counts. */
+INLINE void *take(char *room, long *at, long bytes) {
+    char *here = room ? room + *at : 0;
+    *at += up(bytes, 64);
+    return here;
+}
+
+INLINE void copy_tile(bf16 *to, const bf16 *x, long token, long rows, long width) {
+    memset(to, 0, (size_t)TILE * width * 2);
+    for (long i = 0; i < rows; i++) memcpy(to + i * width, x + i * token, (size_t)width * 2);
+}
+
+/* P of a tile of queries: (TILE, wide) bf16, rows behind the last one zero. */
+INLINE void tile_of_p(const shape *z, sizes s, const bf16 *q, long begin, long rows, const uint32_t *keys, bf16 *tile,
+                      float *scores, bf16 *p) {
+    long seen = z->causal ? s.before + begin + 1 : s.keys;
+    long columns = z->causal ? up(seen + rows - 1, 16) : s.wide;
+    copy_tile(tile, q, z->q.token, rows, z->width);
+    product(columns, z->width / 2, (const uint32_t *)tile, z->width / 2, 1, keys, s.wide, scores, s.wide, 0);
+    soften(scores, s.wide, p, s.wide, rows, seen, z->causal, s.wide, z->scale);
+}
