@@ -129,30 +129,35 @@ def install(setting: Setting, work: Work) -> Work:
     except native_build.NoKernels as error:
         raise NotHere(str(error)) from None
     model = setting.adapted.backbone.model
-    was = {name: config._attn_implementation for name, config in configs_of(model).items()}
+    try:
+        was = _attention_goes_in(model)
+    except BaseException:
+        native_build.choose(before)
+        raise
 
     def take_back() -> None:
         native_build.choose(before)
-        model.set_attn_implementation(was)
+        if was:
+            model.set_attn_implementation(was)
 
-    try:
-        _attention_goes_in(model)
-    except BaseException:
-        take_back()
-        raise
     return replace(work, undo=(*work.undo, take_back))
 
 
-def _attention_goes_in(model: Any) -> None:
+def _attention_goes_in(model: Any) -> dict[str, str]:
+    """The functions whose place the kernel took, by sub-model."""
     text = model.config.get_text_config()
+    if not getattr(text, "num_attention_heads", None):
+        raise NotHere("the model's config tells no heads of attention")
     shape = f"{text.num_attention_heads} x {text.hidden_size}, {'products' if products_chosen() else 'sdpa'}"
     theirs, ours = kept_times(f"native attention {shape}", lambda: race(text))
     if theirs < products.WINS_BY * ours:
         raise NotHere(f"attention takes {theirs * 1e3:.1f} ms as it is, and {ours * 1e3:.1f} ms by the kernel")
-    if getattr(model, "_supports_attention_backend", False):
-        register()
-        named = {name: one for name, one in configs_of(model).items() if one._attn_implementation in OTHERS}
-        model.set_attn_implementation(dict.fromkeys(named, NAME))
+    if not getattr(model, "_supports_attention_backend", False):
+        return {}
+    register()
+    was = {name: one._attn_implementation for name, one in configs_of(model).items()}
+    model.set_attn_implementation({name: NAME for name, one in was.items() if one in OTHERS})
+    return was
 
 
 CANDIDATE = Candidate(
