@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from mmft.recipe.schema import DataSource, PartAdapter, Recipe
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mmft"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+KERNELS = sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".c", ".h"))
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 FLOORS = {
@@ -124,6 +126,7 @@ FIELDS = {
 MOST_FIELDS = 107  # memory_budget: how many layers are recomputed follows from it
 """What the recipe of one objective can hold; fields of other objectives are refused there, so nobody meets them all."""
 LONGEST_FILE, LONGEST_FUNCTION, MOST_POSITIONAL = 400, 70, 6
+LONGEST_KERNEL, WIDEST = 250, 120
 ALLOWED_LOAD = ("mmft/backbones/shipped.py", "_tower_weights")
 """The one place that reads a pickle: a pinned file of a pip package, after its sha256, with weights_only."""
 
@@ -268,6 +271,16 @@ def test_sizes(path):
             assert len(given) <= MOST_POSITIONAL, f"{where} has {len(given)} positional parameters"
 
 
+@pytest.mark.parametrize("path", KERNELS, ids=_name)
+def test_sources_in_c_are_short_told_and_shipped(path):
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert len(lines) <= LONGEST_KERNEL and max(map(len, lines)) <= WIDEST and "\t" not in text
+    assert text.startswith("/* ") and path.parent == PACKAGE / "fast" / "native"
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    assert any(path in PACKAGE.glob(pattern) for pattern in data["mmft"]), f"{_name(path)} is not in a wheel"
+
+
 def _is_command(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     """typer reads options from ordinary parameters."""
     return any(ast.unparse(decorator) == "app.command()" for decorator in function.decorator_list)
@@ -316,7 +329,7 @@ def test_no_pickle_and_no_swallowed_exception(path):
 
 def _tracked() -> list[Path]:
     """Text files that belong to the project, by folder: tests run where git may not know the checkout."""
-    suffixes = (".py", ".toml", ".yaml", ".yml", ".json", ".jsonl", ".j2", ".md", ".cfg", ".sh")
+    suffixes = (".py", ".c", ".h", ".toml", ".yaml", ".yml", ".json", ".jsonl", ".j2", ".md", ".cfg", ".sh")
     folders = [ROOT / name for name in ("mmft", "recipes", "tests", ".ci")]
     found = [path for folder in folders for path in folder.rglob("*") if path.suffix in suffixes]
     top = [ROOT / name for name in ("Makefile", "README.md", "pyproject.toml", ".gitignore", "LICENSE")]

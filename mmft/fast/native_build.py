@@ -69,7 +69,7 @@ def library() -> ctypes.CDLL:
         for source in sources:
             told.update(source.read_bytes())
         folder = kept or (scratch := Path(tempfile.mkdtemp(prefix="mmft-kernels-")))
-        found = _loaded(gcc, [str(one) for one in sources if one.suffix == ".c"], folder / f"{told.hexdigest()[:32]}.so")
+        found = _loaded(gcc, sources, folder / f"{told.hexdigest()[:32]}.so")
     except subprocess.CalledProcessError as error:
         lines = [line for line in (error.stderr or "").splitlines() if "error" in line] or [f"exit {error.returncode}"]
         raise NoKernels(f"gcc cannot build them ({lines[0].strip()[:200]})") from None
@@ -85,18 +85,25 @@ def library() -> ctypes.CDLL:
     return found
 
 
-def _loaded(gcc: str, sources: list[str], path: Path) -> ctypes.CDLL:
-    """What lies at `path`, built where nothing does or what does cannot be loaded (a crash may cut a file short)."""
+def _loaded(gcc: str, sources: list[Path], path: Path) -> ctypes.CDLL:
+    """What lies at `path`, built where nothing does or what does cannot be loaded."""
     if path.exists():
         try:
             return ctypes.CDLL(str(path))
         except OSError:
             path.unlink(missing_ok=True)
+    _compile(gcc, sources, path)
+    return ctypes.CDLL(str(path))
+
+
+def _compile(gcc: str, sources: list[Path], path: Path) -> None:
+    """Beside `path`, and renamed when it lies on the disk: processes that build at once end with the same file."""
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         made = Path(name) / "kernels.so"
-        _say([gcc, *FLAGS, "-o", str(made), *sources, "-lm"])
-        os.replace(made, path)  # processes that build at once end with the same file
-    return ctypes.CDLL(str(path))
+        _say([gcc, *FLAGS, "-o", str(made), *(str(one) for one in sources if one.suffix == ".c"), "-lm"])
+        with made.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(made, path)
 
 
 def _say(words: list[str]) -> str:

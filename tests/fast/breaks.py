@@ -39,11 +39,12 @@ class Break:
 def all_breaks() -> list[Break]:
     """Every break, by optimisation in the order of the plan."""
     from tests.fast.breaks_forward import FORWARD
+    from tests.fast.breaks_native import NATIVE
     from tests.fast.breaks_rows import ROWS
 
     return [
         Break(name, what, f"mmft/{file}", old, new, f"tests/{test}")
-        for table in (ROWS, FORWARD)
+        for table in (ROWS, FORWARD, NATIVE)
         for name, file, entries in table
         for what, old, new, test in entries
     ]

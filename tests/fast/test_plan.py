@@ -68,7 +68,7 @@ def test_what_needs_whole_layers_is_off_where_they_are_cut_up():
     assert [(row.on, row.reason) for row in rows] == [(False, "layers are gathered"), (True, "because packing")]
     assert all(row.on for row in fast_plan(setting(), known).rows)
     off = {one.name for one in CANDIDATES if one.whole}
-    assert off == {"lora_fused", "nf4_once", "norms_fused", "attention_products"}
+    assert off == {"lora_fused", "nf4_once", "norms_fused", "attention_products", "native_kernels"}
 
 
 def test_only_what_may_change_a_bit_binds_a_resumed_run():

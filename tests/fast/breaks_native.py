@@ -1,0 +1,167 @@
+"""Breaks of the kernels in C and of what calls them.
+
+(optimisation, file below mmft, ((what is wrong, the text there, what takes its place, the test that has to fail), …))
+"""
+
+from __future__ import annotations
+
+Entry = tuple[str, str, str, str]
+
+_LINE = "fast/test_native_attention.py::test_values_and_gradients_are_those_of_float64"
+_ODD = f"{_LINE}[odd lengths-True]"
+_RESTS = f"{_LINE}[rests of a beginning-True]"
+_CALL = "fast/test_native_attention.py::test_a_call_is_that_of_sdpa"
+_NORM = "fast/test_native_rows.py::test_a_norm_is_torchs"
+_GATE = "fast/test_native_rows.py::test_a_gate_is_torchs[1000]"
+_EXP = "fast/test_native_rows.py::test_the_exponential_over_its_whole_range"
+
+NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
+    (
+        "native_kernels",
+        "fast/native/vectors.h",
+        (
+            ("cut off, not rounded", "_mm512_srli_epi32(up, 16), lost", "_mm512_srli_epi32(bits, 16), lost", _NORM),
+            ("a coefficient of the exponential", "5.0000001201e-1f", "4.98e-1f", _EXP),
+            ("the exponential ends too soon", "_mm512_set1_ps(-104.f), x)", "_mm512_set1_ps(-8.f), x)", _EXP),
+        ),
+    ),
+    (
+        "native_kernels",
+        "fast/native/attention.h",
+        (
+            ("a row sees one key too few", "causal ? seen + i : seen;", "causal && i ? seen + i - 1 : seen;", _ODD),
+            ("scores without their scale", "z->causal, s.wide, z->scale)", "z->causal, s.wide, 1.f)", _ODD),
+            ("what is not seen counts", "e = _mm512_maskz_mov_ps(first(n - at), e);", "", _ODD),
+            ("the beginning is not seen", "(t < row[3] ? row[2] + t :", "(t < row[3] ? row[0] + t :", _RESTS),
+            ("the last columns are left out", "if (columns - at == 48)", "if (columns - at == 49)", _RESTS),
+        ),
+    ),
+    (
+        "native_kernels",
+        "fast/native/attention.c",
+        (
+            ("the last rows of a tile are left out", "at < s.own; at += TILE", "at + TILE <= s.own; at += TILE", _ODD),
+            ("an odd key is left out", "(seen + 1) / 2, pairs", "seen / 2, pairs", _ODD),
+            (
+                "heads that share a key are given the first one's P",
+                "kept + row[4] + head * s.own * s.wide",
+                "kept + row[4] + h * s.own * s.wide",
+                _ODD,
+            ),
+        ),
+    ),
+    (
+        "native_kernels",
+        "fast/native/attention_back.c",
+        (
+            ("the sum of P dP is left out", "_mm512_set1_ps(_mm512_reduce_add_ps(sum))", "_mm512_setzero_ps()", _ODD),
+            (
+                "K's gradient without the scale",
+                "_mm512_mul_ps(scale, _mm512_loadu_ps(from + d))",
+                "_mm512_loadu_ps(from + d)",
+                _ODD,
+            ),
+            (
+                "the beginning's gradient is not summed",
+                "for (long t = 0; t < s.keys",
+                "for (long t = s.before; t < s.keys",
+                _RESTS,
+            ),
+            ("a key's first queries are left out", "(j - before) / 2 : 0", "(j - before) / 2 + 1 : 0", _ODD),
+            (
+                "queries behind the first that are held count from the row's start",
+                "before = s.before + begin;",
+                "before = s.before;",
+                f"{_LINE}[more queries than are held at once-True]",
+            ),
+            (
+                "slopes of the first queries for all",
+                "{row[0] + begin, many,",
+                "{row[0], many,",
+                f"{_LINE}[more queries than are held at once-True]",
+            ),
+        ),
+    ),
+    (
+        "native_kernels",
+        "fast/native/rows.c",
+        (
+            (
+                "the weight comes before the rounding",
+                "scaled = rounded(_mm512_mul_ps(load_some(from + at, some), _mm512_set1_ps(r)))",
+                "scaled = _mm512_mul_ps(load_some(from + at, some), _mm512_set1_ps(r))",
+                _NORM,
+            ),
+            ("the mean's share is added", "share = -_mm512", "share = _mm512", _NORM),
+            (
+                "no eps",
+                "/ width + eps)",
+                "/ width)",
+                "fast/test_native_rows.py::test_a_norms_node_takes_the_kernel_and_feels_eps",
+            ),
+            (
+                "the gate is not rounded",
+                "opened = rounded(_mm512_mul_ps(g, sigmoid(g)))",
+                "opened = _mm512_mul_ps(g, sigmoid(g))",
+                _GATE,
+            ),
+            (
+                "the gate's slope is the sigmoid",
+                "_mm512_mul_ps(s, _mm512_fmadd_ps(g, _mm512_sub_ps(one, s), one))",
+                "s",
+                _GATE,
+            ),
+        ),
+    ),
+    (
+        "native_kernels",
+        "fast/native_attention.py",
+        (
+            (
+                "values that do not lie side by side",
+                "whole = x.stride(2) == 1 and not",
+                "whole = not",
+                "fast/test_native_attention.py::test_where_tokens_and_heads_lie_does_not_matter",
+            ),
+            (
+                "any width",
+                " and width % VECTOR == 0 and value",
+                " and value",
+                "fast/test_native_attention.py::test_what_fits",
+            ),
+        ),
+    ),
+    (
+        "native_kernels",
+        "fast/native_kernels.py",
+        (
+            ("a mask is left out", "if attention_mask is None and lengths", "if lengths", _CALL),
+            ("one that is not causal is made so", "causal=bool(causal))", "causal=True)", _CALL),
+            ("dropout is left out", "not special and not dropout and", "not special and", _CALL),
+            (
+                "the kernels stay chosen",
+                "native_build.choose(before)\n        if was",
+                "if was",
+                "fast/test_native_run.py::test_a_run_is_no_further_from_float32_than_without[llava]",
+            ),
+        ),
+    ),
+    (
+        "native_kernels",
+        "fast/native_build.py",
+        (
+            (
+                "a folder that others may write into",
+                "own = state.st_uid == os.getuid() and not state.st_mode & 0o022",
+                "own = state.st_uid == os.getuid()",
+                "fast/test_native_build.py::test_a_folder_that_is_not_the_users_own_is_not_used[written by a group]",
+            ),
+            (
+                "what is loaded does not depend on the sources",
+                "told.update(source.read_bytes())",
+                "pass",
+                "fast/test_native_build.py::test_other_sources_or_flags_are_another_library",
+            ),
+        ),
+    ),
+)
