@@ -101,9 +101,9 @@ def _table(segments: tuple[Segment, ...], shape: tuple[int, int, int, int]) -> t
     return torch.tensor(rows, dtype=torch.int64), at, part
 
 
-def _shape(q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: int, causal: bool, scale: float) -> _Shape:
-    sizes = (rows, len(q), len(k), q.shape[2], v.shape[2], int(causal), torch.get_num_threads())
-    return _Shape(*sizes, _Strides.of(q), _Strides.of(k), _Strides.of(v), _Strides.of(out.transpose(0, 1)), scale)
+def _shape(q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: int, how: tuple[bool, float]) -> _Shape:
+    sizes = (rows, len(q), len(k), q.shape[2], v.shape[2], int(how[0]), torch.get_num_threads())
+    return _Shape(*sizes, _Strides.of(q), _Strides.of(k), _Strides.of(v), _Strides.of(out.transpose(0, 1)), how[1])
 
 
 def _room(told: Any, shape: _Shape, table: Tensor) -> tuple[Tensor, ctypes.c_long]:
@@ -125,7 +125,7 @@ class _Native(torch.autograd.Function):
         keeps = most <= KEPT_KEYS and any(ctx.needs_input_grad)
         kept = q.new_empty(values) if keeps else None
         out = q.new_empty(q.shape[1], len(q), v.shape[2])
-        shape = _shape(q, k, v, out, len(segments), *how)
+        shape = _shape(q, k, v, out, len(segments), how)
         room, each = _room(kernels.mmft_attend_room, shape, table)
         tensors = (table, q, k, v, out, kept, room)
         kernels.mmft_attend(ctypes.byref(shape), *(pointer(one) for one in tensors), each)
@@ -140,7 +140,7 @@ class _Native(torch.autograd.Function):
         assert kernels is not None
         table, q, k, v, kept = ctx.saved_tensors
         given = gradient.to(q.dtype).contiguous()
-        shape = _shape(q, k, v, given, len(table), *ctx.how)
+        shape = _shape(q, k, v, given, len(table), ctx.how)
         parts = torch.empty(ctx.parts)
         dq, dk, dv = (one.new_empty(one.shape[1], len(one), one.shape[2]).transpose(0, 1) for one in (q, k, v))
         room, each = _room(kernels.mmft_attend_back_room, shape, table)
