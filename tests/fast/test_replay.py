@@ -33,7 +33,7 @@ def test_both_paths_of_a_recipe_agree(tmp_path):
     half = found["precisions"]["bfloat16"]
     assert half["plain"]["gradients"] > 0 and half["all"]["gradients"] <= half["all"]["allowed"]
     text = cli("verify-fast", tmp_path / "recipe.yaml", "--batches", 1).out
-    assert "feature_store" in text and "float32, 1 steps" in text and "bfloat16" not in text
+    assert "feature_store" in text and "float32, 1 steps" in text and "bfloat16, " not in text
 
 
 def test_a_path_that_parts_is_told(tmp_path, monkeypatch):
