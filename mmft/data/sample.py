@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -108,22 +108,24 @@ class Sample:
             return self
         augment = self.augment
 
-        def changed(media: tuple[MediaRef, ...]) -> tuple[MediaRef, ...]:
-            return tuple(
-                replace(ref, drawn=augment.drawn(self.id, epoch, place)) if ref.kind == "image" else ref
-                for place, ref in enumerate(media)
-            )
+        def drawn(place: int, ref: MediaRef) -> MediaRef:
+            return replace(ref, drawn=augment.drawn(self.id, epoch, place)) if ref.kind == "image" else ref
 
-        media = changed(self.media)
+        return replace(self.with_media(drawn), augment=None)
+
+    def with_media(self, change: Callable[[int, MediaRef], MediaRef]) -> Sample:
+        """The row with `change(place, medium)` in the place of each medium: its own, its cells', its candidates'."""
+        media = tuple(change(place, ref) for place, ref in enumerate(self.media))
         new = {id(old): ref for old, ref in zip(self.media, media, strict=True)}
         cells = {
             name: replace(cell, value=new.get(id(cell.value), cell.value)) if isinstance(cell.value, MediaRef) else cell
             for name, cell in self.cells.items()
         }
         candidates = tuple(
-            one if one.media is None else replace(one, media=changed(one.media)) for one in self.candidates
+            one if one.media is None else replace(one, media=tuple(change(at, ref) for at, ref in enumerate(one.media)))
+            for one in self.candidates
         )
-        return replace(self, media=media, cells=cells, candidates=candidates, augment=None)
+        return replace(self, media=media, cells=cells, candidates=candidates)
 
     @property
     def references(self) -> tuple[str, ...]:

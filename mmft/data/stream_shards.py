@@ -12,7 +12,7 @@ import tarfile
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +166,9 @@ class Shard:
 
     def with_media(self, sample: Sample) -> Sample:
         """The row with those of its media that lie in this file, where it may be deleted."""
-        return replace(sample, media=tuple(map(self._taken, sample.media))) if self.inside else sample
+        return sample.with_media(self._taken) if self.inside else sample
 
-    def _taken(self, ref: MediaRef) -> MediaRef:
+    def _taken(self, _: int, ref: MediaRef) -> MediaRef:
         if ref.span is None or ref.path != self.path.name:
             return ref
         data = os.pread(self._file.fileno(), min(ref.span[1], MAX_FILE_BYTES), ref.span[0])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import shutil
 import signal
 import sys
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,16 +22,19 @@ import yaml
 import mmft
 from mmft.backbones.load import load_backbone
 from mmft.data.loader import batches
+from mmft.data.media import read_bytes
 from mmft.data.order import StepPlan
 from mmft.data.pairs import LEFT, RIGHT
+from mmft.data.sample import Candidate, MediaRef
 from mmft.data.stream_order import StreamPlan
-from mmft.data.streaming import Streamed
+from mmft.data.streaming import Streamed, open_streams
+from mmft.data.tables import infer_columns
 from mmft.errors import DataError, RecipeError
 from mmft.journal import Journal
 from mmft.kinds import kind_of
 from mmft.kinds.streams import opened_streams, rows_as_read
 from mmft.recipe.load import load_recipe
-from mmft.recipe.schema import Recipe
+from mmft.recipe.schema import DataSection, DataSource, Recipe
 from tests import runs
 from tests.fusion import test_run as fusion
 from tests.fusion.test_run import home  # noqa: F401  (a fixture)
@@ -311,3 +316,48 @@ def paired(row: dict[str, Any]) -> dict[str, Any]:
     row.pop("label")
     chosen = row.pop("completion")
     return {**row, "chosen": chosen, "rejected": "n"}
+
+
+def test_pictures_of_a_fetched_table_stay_with_its_rows(tmp_path):
+    """A fetched shard may be thrown out at any time: what lies in it is read with the row, in cells and candidates."""
+    pixels = {f"{at}.png": (pairs.pair_rows().parent / f"{at}.png").read_bytes() for at in range(3)}
+    with tarfile.open(tmp_path / "0.tar", "w") as file:
+        for name, data in pixels.items():
+            cells = {f"{name[0]}.json": json.dumps({"y": "one", "note": "x"}).encode(), name: data}
+            for member, held in cells.items():
+                info = tarfile.TarInfo(member)
+                info.size = len(held)
+                file.addfile(info, io.BytesIO(held))
+    (tmp_path / "list.json").write_text(json.dumps({"shardlist": [{"url": "far://x/0.tar"}]}))
+    section = DataSection(train=(DataSource(path=str(tmp_path / "list.json"), streaming=True, name="x"),))
+    stream = open_streams(
+        section,
+        [],
+        wanted=("table",),
+        journal=QUIET,
+        fetch=lambda _, to: shutil.copy(tmp_path / "0.tar", to),
+        described=lambda rows, _: infer_columns(rows, declared={"y": "label"}),
+    )
+    rows = stream[:]
+    shutil.rmtree(stream.streamed[0].files.folder)
+    assert [read_bytes(row.cells["image"].value) for row in rows] == list(pixels.values())
+    assert all(row.media == (row.cells["image"].value,) and row.cells["y"].kind == "label" for row in rows)
+    ref = MediaRef(path="a.png")
+    row = replace(rows[0], candidates=(Candidate("a", media=(ref,)), Candidate("b")))
+    changed = row.with_media(lambda at, one: replace(one, path=f"{at} {one.path}"))
+    assert changed.candidates[0].media[0].path == "0 a.png" and changed.candidates[1].media is None
+
+
+@pytest.mark.parametrize("name", ["contrastive", "dpo", "classification", "grpo"])
+def test_plan_trace_and_check_read_a_stream(name, of):
+    given, folder = of(name, bad={3: "{broken"})
+    given["data"]["max_bad_fraction"] = 0.1
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(given))
+    plan = runs.cli("plan", path, "--json").json()
+    rows = plan["data"]["train"]
+    assert rows == {"contrastive": 32, "classification": 48}.get(name, 16)
+    traced = runs.cli("trace", path, "--row", 1, "--json")
+    assert traced.code == 0, traced.err
+    found = mmft.check(path, out=folder / "bad.jsonl", workers=0, quiet=True)
+    assert (found["rows"], [one["cause"] for one in found["causes"]][:1]) == (rows, ["json"])
