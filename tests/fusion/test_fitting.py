@@ -108,7 +108,15 @@ def test_the_columns_are_printed(folder, capsys):
         fitted.predict(frame(12, 0).drop(columns="photo"))
 
 
-def test_an_interrupt_reaches_the_caller(folder, monkeypatch):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as at a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_reaches_the_caller(folder, monkeypatch, interruptible):
     """The engine stops after its step; half a fit is not taken for one."""
     steps = []
     monkeypatch.setattr(fitting._Losses, "on_step", lambda *_: steps.append(1) or signal.raise_signal(signal.SIGINT))
