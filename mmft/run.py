@@ -64,7 +64,8 @@ def train(
         if accelerator.is_main_process:
             kind.settle(loaded, adapted, datasets)
             keep_trained(run, adapted)
-            if sharded:  # what follows runs on this rank alone, which holds a part of the layers only
+            if sharded and (loaded.export.merge or datasets.evals):
+                # That runs on this rank alone, which holds a part of the layers only.
                 adapted = restore_trained(run, device=accelerator.device)
             merge = export_stage(run, adapted, datasets)
             evaluate_stage(run, adapted, datasets)

@@ -7,6 +7,7 @@ usual size a gradient of rounding noise moves its weight by the full rate, and t
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -120,6 +121,13 @@ def watched(place: Path) -> Any:
         from mmft.engine.loop import Engine
         from mmft.engine.ranks import Ranks
 
+        story = importlib.import_module("mmft.run")
+        restore = story.restore_trained
+
+        def restored(*given: Any, **named: Any) -> Any:
+            (place / "restored").touch()
+            return restore(*given, **named)
+
         summed, backward = Ranks.sum_gradients, Engine._backward
         seen: list[list[bool]] = []
 
@@ -138,6 +146,7 @@ def watched(place: Path) -> Any:
             return sums
 
         Ranks.sum_gradients, Engine._backward = sum_gradients, note  # type: ignore[method-assign]
+        story.restore_trained = restored  # type: ignore[attr-defined]
 
     return prepare
 

@@ -78,6 +78,11 @@ def test_a_run_that_is_cut_up_is_held_out_and_merged_like_any_other(pairs: Path,
 
 
 @pytest.mark.parametrize("way", BY)
+def test_the_base_is_loaded_whole_only_where_a_merge_or_held_out_rows_need_it(pairs: Path, way: str) -> None:
+    assert {case for case in SHARDED if (pairs / case / way / "restored").exists()} == {"cut up"}
+
+
+@pytest.mark.parametrize("way", BY)
 def test_a_run_that_is_cut_up_resumes_to_the_same_bytes(pairs: Path, way: str) -> None:
     whole, again, alone = (digest(run_of(pairs / f"stopped {way}" / name), step=STEPS) for name in _STOPPED)
     same(again, whole)
