@@ -17,9 +17,10 @@ from accelerate import PartialState
 from mmft.adapters.build import build_adapters
 from mmft.backbones.load import Backbone, load_backbone
 from mmft.data.collate import Batch
+from mmft.data.preference_render import PreferenceBatch
 from mmft.data.steps import plan_steps
 from mmft.data.streaming import Streamed
-from mmft.engine.budget import largest_batch, plan_memory, probe
+from mmft.engine.budget import largest_batch, plan_memory, probe, sizes_of, step_of
 from mmft.engine.job import TrainJob
 from mmft.engine.memory import recomputable
 from mmft.engine.step_memory import held
@@ -86,9 +87,13 @@ def _probed(
     if recipe.objective.name == "sft":
         planned = plan_memory(job, fast=fast, budget=budget, world=1, device=device)
     batch = largest_batch(job)
-    parts = _parts(recipe, job, backbone, datasets, batch) if planned is None else planned.parts
     layers = recomputable(job.adapted) if recipe.train.gradient_checkpointing or budget is not None else []
     count = len(layers) if planned is None else planned.recomputed
+    if planned is None:
+        own = _of_answers(recipe, job, batch, fast=fast, count=count)
+        parts = _held(recipe, job) | (_of_kind(recipe, job, backbone, datasets, batch) if own is None else own)
+    else:
+        parts = planned.parts
     peak = planned.probed if planned is not None and planned.probed else probe(job, batch, count=count, device=device)
     if peak >= 1 << 62:
         raise RecipeError(
@@ -109,16 +114,38 @@ def _probed(
     }
 
 
-def _parts(recipe: Recipe, job: TrainJob, backbone: Backbone, datasets: Datasets, batch: Batch) -> dict[str, int]:
-    """The kind's own estimate for the rows of this batch, and what every run holds."""
-    kind, trained = kind_of(recipe), sum(value.numel() for value in job.adapted.trainable().values())
-    own = set(batch.ids)
-    lengths = kind.measure(datasets.renderer, [sample for sample in datasets.train if sample.id in own])
-    found = kind.memory(recipe, backbone, trainable=trained, lengths=lengths) or {}
+def _of_answers(recipe: Recipe, job: TrainJob, batch: Batch, *, fast: bool, count: int) -> dict[str, int] | None:
+    """The estimate from the layout that the renderer really chose for answers to one prompt; None for other rows. Their
+    logits stay whole (the head is not computed in chunks), but for a reward, which needs one row of them or none."""
+    if not isinstance(batch, PreferenceBatch):
+        return None
+    config = job.adapted.backbone.model.config
+    sizes = sizes_of(batch, config)
+    step = step_of(job, sizes, fast=fast, recomputed=count)
+    rows = sizes.supervised
+    if recipe.objective.name == "reward":
+        rows = len(batch.last) if recipe.objective.answer_weight else 0
+    return {
+        "activations": step.activations,
+        "logits": 12 * rows * config.get_text_config().vocab_size,
+        "vision": step.vision,
+    }
+
+
+def _held(recipe: Recipe, job: TrainJob) -> dict[str, int]:
+    """What every run holds."""
+    trained = sum(value.numel() for value in job.adapted.trainable().values())
     return {
         "process": held(),
         "kernels": KEPT_BYTES if recipe.train.bf16 and not torch.cuda.is_available() else 0,
         "optimizer": 8 * trained,
         "gradients": 6 * trained,
-        **found,
     }
+
+
+def _of_kind(recipe: Recipe, job: TrainJob, backbone: Backbone, datasets: Datasets, batch: Batch) -> dict[str, int]:
+    """The kind's own estimate for the rows of this batch; {} where it has none."""
+    kind, own = kind_of(recipe), set(batch.ids)
+    trained = sum(value.numel() for value in job.adapted.trainable().values())
+    lengths = kind.measure(datasets.renderer, [sample for sample in datasets.train if sample.id in own])
+    return kind.memory(recipe, backbone, trainable=trained, lengths=lengths) or {}

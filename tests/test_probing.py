@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import mmft
+from mmft.engine.budget import sizes_of
 from mmft.errors import RecipeError
 from mmft.summary import plan_text
 from tests import runs
-from tests.fast.test_store_objectives import ONLINE, PREFERENCES, a_recipe
+from tests.fast.test_store_objectives import ONLINE, PREFERENCES, a_recipe, shop
 from tests.objectives import captioners, pairs
 
 
@@ -65,3 +66,14 @@ def test_a_step_that_does_not_fit_and_streamed_rows_say_so(tmp_path, monkeypatch
     monkeypatch.setattr("mmft.objectives.sft.SftObjective.loss", full)
     with pytest.raises(RecipeError, match="ran out in the probe step"):
         mmft.plan(runs.values(tmp_path, {**runs.TRAIN_ONLY, "train.fast": False}), probe=True)
+
+
+def test_answers_behind_one_prompt_are_one_row(tmp_path):
+    made = shop(tmp_path, PREFERENCES["dpo"])
+    shared = made.batch(made.plain, range(3))
+    found = sizes_of(shared, made.adapted.backbone.model.config)
+    assert shared.inputs["attention_mask"].dim() == 4 and len(found.rows) == 3
+    assert found.supervised == len(set(shared.at.tolist())) < len(shared.at)
+    made.plain.renderer.share = False
+    alone = sizes_of(made.batch(made.plain, range(3)), made.adapted.backbone.model.config)
+    assert len(alone.rows) == 6 and sum(alone.rows) > sum(found.rows)

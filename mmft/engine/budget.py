@@ -22,6 +22,7 @@ from mmft.data.collate import Batch
 from mmft.data.lengths import lengths_of
 from mmft.data.loader import assemble
 from mmft.data.order import MicroBatch
+from mmft.data.preference_render import PreferenceBatch
 from mmft.data.streaming import Streamed
 from mmft.engine.guards import memory_errors
 from mmft.engine.job import TrainJob
@@ -93,7 +94,7 @@ def plan_memory(
         return None
     sizes, layers = sizes_of(batch, job.adapted.backbone.model.config), len(recomputable(job.adapted))
     every = layers if job.section.gradient_checkpointing else 0
-    step = _step(job, sizes, fast=fast, recomputed=every)
+    step = step_of(job, sizes, fast=fast, recomputed=every)
     parts = _parts(job, step, now=held())
     if budget is None:
         return MemoryPlan(parts, every, None)
@@ -113,10 +114,11 @@ def plan_memory(
         count = min(layers, count + max(1, -(-over // one)))
     else:
         peak = None if world > 1 else probe(job, batch, count=count, device=device)
-    return MemoryPlan(_parts(job, _step(job, sizes, fast=fast, recomputed=count), now=held()), count, peak)
+    return MemoryPlan(_parts(job, step_of(job, sizes, fast=fast, recomputed=count), now=held()), count, peak)
 
 
-def _step(job: TrainJob, sizes: StepSizes, *, fast: bool, recomputed: int) -> StepMemory:
+def step_of(job: TrainJob, sizes: StepSizes, *, fast: bool, recomputed: int) -> StepMemory:
+    """The estimate of a forward and backward pass of these sizes with so many recomputed layers."""
     adapted = job.adapted
     towers = any(adapted.home(name)[0] in ("vision", "audio") for name in adapted.trainable())
     layers = len(recomputable(adapted)) or None
@@ -160,15 +162,17 @@ def largest_batch(job: TrainJob) -> Batch:
 
 
 def sizes_of(batch: Batch, config: object) -> StepSizes:
-    """Rows, targets and patches of a batch: a line's rows by its table of segments."""
+    """Rows, targets and patches of a batch: a line's rows by its table of segments. Answers behind one prompt are one
+    row, and a state that predicts the first token of several one target."""
     mask, ids = batch.inputs.get("attention_mask"), batch.inputs["input_ids"]
     rows: Sequence[int] = (ids.shape[1],) * ids.shape[0]
-    if mask is not None and mask.dim() == 4:
+    if mask is not None and mask.dim() == 4 and not isinstance(batch, PreferenceBatch):
         rows = [end - start for start, end, *_ in mask[0, 0].tolist()]
     pixels = sum(value.numel() for name, value in batch.inputs.items() if name.startswith("pixel_values"))
     for one in batch.pictures:
         pixels += sum(value.numel() for name, value in one.inputs.items() if name.startswith("pixel_values"))
-    return StepSizes(tuple(rows), batch.supervised, patches_of(config, pixels))
+    targets = len(batch.at.unique()) if isinstance(batch, PreferenceBatch) else batch.supervised
+    return StepSizes(tuple(rows), targets, patches_of(config, pixels))
 
 
 def probe(job: TrainJob, batch: Batch, *, count: int, device: torch.device) -> int:
