@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from mmft.fast.native_product import product
 from mmft.fast.native_rows import silu_times, silu_times_back
 
 Weight = Callable[[torch.dtype], Tensor]
@@ -160,37 +161,48 @@ def forward_lines(x: Tensor, stack: Stack, *, training: bool) -> tuple[list[Tens
             at += rank
         narrow = torch.cat(parts, 1)
     else:
-        narrow = F.linear(x, a)
+        made = product([(x, a)], across=True)
+        narrow = F.linear(x, a) if made is None else made
         masks = [None] * len(stack.lines)
     b = [line.b_scaled(x.dtype) for line in stack.lines]
     for line, part, wide in zip(stack.lines, narrow.split(stack.ranks, 1), b, strict=True):
         weight = line.weight(x.dtype)
-        out = F.linear(x, weight, None if line.bias is None else line.bias.to(x.dtype))
-        outs.append(out.addmm_(part, wide.t()))
+        bias = None if line.bias is None else line.bias.to(x.dtype)
+        out = product([(x, weight), (part, wide)], across=True, bias=bias)
+        outs.append(F.linear(x, weight, bias).addmm_(part, wide.t()) if out is None else out)
         weights.append(weight if line.keeps else None)
     return outs, Kept(narrow, weights, masks, a, b)
+
+
+def _summed(terms: Sequence[tuple[Tensor, Tensor]], narrow: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The sum of products of gradients and weights, with that of the adapters' narrow side."""
+    made = product([*terms, narrow] if narrow is not None else terms, across=False)
+    if made is not None:
+        return made
+    dx = torch.mm(*terms[0])
+    for given, weight in terms[1:]:
+        dx.addmm_(given, weight)
+    return dx if narrow is None else dx.addmm_(*narrow)
 
 
 def backward_lines(
     x: Tensor, stack: Stack, kept: Kept, gradients: Sequence[Tensor | None], *, wants_x: bool = True
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Gradients of x and of every A and B, in the order of `stack.params`, from those of the outputs (rows, out)."""
-    dx: Tensor | None = None
     steep = torch.zeros_like(kept.narrow) if any(g is None for g in gradients) else torch.empty_like(kept.narrow)
     slopes, narrows = steep.split(stack.ranks, 1), kept.narrow.split(stack.ranks, 1)
+    terms: list[tuple[Tensor, Tensor]] = []
     for number, (line, given) in enumerate(zip(stack.lines, gradients, strict=True)):
         if given is None:
             continue
         torch.mm(given, kept.b[number], out=slopes[number])
         if wants_x:
             weight = kept.weights[number]
-            weight = line.weight(x.dtype) if weight is None else weight
-            dx = torch.mm(given, weight) if dx is None else dx.addmm_(given, weight)
+            terms.append((given, line.weight(x.dtype) if weight is None else weight))
     found: list[Tensor | None] = []
     dropping = any(mask is not None for mask in kept.masks)
     stacked = None if dropping else torch.mm(steep.t(), x)
-    if dx is not None and not dropping:
-        dx.addmm_(steep, kept.a)
+    dx = _summed(terms, None if dropping else (steep, kept.a)) if terms else None
     at = 0
     for number, (line, given) in enumerate(zip(stack.lines, gradients, strict=True)):
         rank, mask = stack.ranks[number], kept.masks[number]

@@ -1,0 +1,67 @@
+"""Frozen linear layers by the product kernel: in towers, in projectors, and where no adapter sits.
+
+Backward needs the weight alone: `dx = dy W`. Layers that train, that torch would compute in another type, and few rows
+(a panel is packed for all rows at once: generation goes one token at a time) stay with torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmft.fast.native_product import product
+from mmft.fast.swap import swapped
+
+LEAST_ROWS = 32
+"""Fewer rows are torch's: the packing would not be paid back."""
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        made = product([(rows, weight)], across=True, bias=bias)
+        return torch.nn.functional.linear(rows, weight, bias) if made is None else made
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        made = product([(gradient.contiguous(), weight)], across=False)
+        return torch.mm(gradient, weight) if made is None else made, None, None
+
+
+class _FastLinear:
+    """Mixed in before `nn.Linear`."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        cast = torch.is_autocast_enabled("cpu")
+        kind = torch.get_autocast_dtype("cpu") if cast else x.dtype
+        few = x.numel() < LEAST_ROWS * x.shape[-1]
+        if kind != torch.bfloat16 or few or self.weight.requires_grad or not x.is_floating_point():
+            out: Tensor = super().forward(x)  # type: ignore[misc]
+            return out
+        with torch.autocast("cpu", enabled=False):
+            rows = x.to(kind).reshape(-1, x.shape[-1])
+            made: Tensor = _Frozen.apply(rows, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return made.view(*x.shape[:-1], made.shape[-1])
+
+
+def put_in(model: nn.Module) -> Iterator[Any]:
+    """Make the model's frozen linear layers in bfloat16 fast; those that were, which `take_back` takes."""
+    for module in model.modules():
+        plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter
+        if plain and not any(one.requires_grad or one.dtype != torch.bfloat16 for one in module.parameters()):
+            module.__class__ = swapped(_FastLinear, nn.Linear)
+            yield module
+
+
+def take_back(layers: list[Any]) -> None:
+    """Make them torch's again."""
+    for layer in layers:
+        layer.__class__ = nn.Linear
