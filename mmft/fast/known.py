@@ -26,6 +26,8 @@ from mmft.fast.plan import install as _install
 CANDIDATES: tuple[Candidate, ...] = (
     kernel_caches.CANDIDATE,
     no_graph.CANDIDATE,
+    products.CANDIDATE,
+    native_kernels.CANDIDATE,
     head_rows.CANDIDATE,
     feature_store.CANDIDATE,
     packing.CANDIDATE,
@@ -35,8 +37,6 @@ CANDIDATES: tuple[Candidate, ...] = (
     lora_fused.CANDIDATE,
     lora_fused.ONCE,
     fused_norms.CANDIDATE,
-    products.CANDIDATE,
-    native_kernels.CANDIDATE,
 )
 """A new one is entered here, and its name in `mmft.recipe.section.FastName`."""
 
