@@ -1,4 +1,4 @@
-"""Attention, RMS norms and gated products by kernels in C (`native/`), built by the machine's gcc: bfloat16 on a CPU.
+"""Attention, norms, gates and products by kernels in C (`native/`), built by the machine's gcc, in bfloat16 on a CPU.
 
 Torch's operators write every step of a softmax, a norm or a gate to memory and read it again; a kernel does not, and
 its products of bfloat16 keep float32 sums, which no operator of torch gives out on a CPU. Each kernel stands behind the

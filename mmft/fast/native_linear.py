@@ -52,10 +52,13 @@ class _FastLinear:
         return made.view(*x.shape[:-1], made.shape[-1])
 
 
-def put_in(model: nn.Module) -> Iterator[Any]:
-    """Make the model's frozen linear layers in bfloat16 fast; those that were, which `take_back` takes."""
-    for module in model.modules():
+def put_in(model: Any) -> Iterator[Any]:
+    """Make the model's frozen linear layers in bfloat16 fast; those that were, which `take_back` takes. The head has a
+    loss of its own, and a layer below an adapter is its adapter's."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for name, module in model.named_modules():
         plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter
+        plain = plain and module is not head and not name.endswith(".base_layer")
         if plain and not any(one.requires_grad or one.dtype != torch.bfloat16 for one in module.parameters()):
             module.__class__ = swapped(_FastLinear, nn.Linear)
             yield module

@@ -30,9 +30,10 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
 from mmft.errors import BackboneError
-from mmft.fast.attention import attend, products_chosen
+from mmft.fast.attention import attend, choose_products, products_chosen
 from mmft.fast.line_attention import groups_of, line_attention
 from mmft.fast.native_attention import fits, native_line
+from mmft.fast.native_build import choose
 
 NAME = "mmft_packed"
 Row = tuple[int, int, int, int]
@@ -65,6 +66,17 @@ def watched() -> Iterator[Seen]:
         yield seen
     finally:
         _watching.remove(seen)
+
+
+@contextmanager
+def as_torch() -> Iterator[None]:
+    """Compute by torch's operators while open: a proof about a line of rows is not to meet other last bits as well."""
+    products, kernels = choose_products(False), choose(None)
+    try:
+        yield
+    finally:
+        choose_products(products)
+        choose(kernels)
 
 
 def is_table(mask: Any) -> bool:

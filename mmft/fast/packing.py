@@ -233,7 +233,7 @@ def prove(setting: Setting, renderer: Renderer, sizes: RowSizes, positions: Posi
         return f"attention in chunks of {text.attention_chunk_size} tokens"
     rows = [renderer.render(setting.samples[row]) for row in _chosen(sizes)]
     try:
-        with torch.no_grad(), packed_attention.watched() as seen:
+        with torch.no_grad(), packed_attention.as_torch(), packed_attention.watched() as seen:
             plain = collate(rows, pad_token_id=setting.adapted.backbone.pad_token_id)
             wanted = scores(setting.adapted, plain, rows)
             alone = scores(setting.adapted, collate(rows[:1], pad_token_id=0), rows[:1])
@@ -257,7 +257,7 @@ def prove_sorted(setting: Setting, renderer: Renderer, sizes: RowSizes) -> str:
     """Why rows may not be padded together in another way; empty where a row's scores do not depend on its company."""
     rows = [renderer.render(setting.samples[row]) for row in _chosen(sizes)]
     pad = setting.adapted.backbone.pad_token_id
-    with torch.no_grad():
+    with torch.no_grad(), packed_attention.as_torch():
         together = scores(setting.adapted, collate(rows, pad_token_id=pad), rows)
         alone = [scores(setting.adapted, collate([row], pad_token_id=pad), [row])[0] for row in rows]
     far = distance(together, alone)
