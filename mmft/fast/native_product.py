@@ -1,8 +1,8 @@
 """Sums of products by the kernel of `native/product.c`: a frozen layer and its adapter in one pass over the output.
 
-Formula: `out = sum_i A_i B_i^T + bias` (`across`, a layer's forward) or `sum_i A_i B_i` (its gradient), all terms in one
-float32 sum that is rounded once, where torch writes, reads and rounds for each. Weights are read as they lie: packed a panel
-at a time in the processor's cache, they take no memory. Price: none; the packing is one or two of a hundred.
+Formula: `out = sum_i A_i B_i^T + bias` (`across`, a layer's forward) or `sum_i A_i B_i` (its gradient), all terms in
+one float32 sum that is rounded once, where torch writes, reads and rounds for each. Weights are read as they lie: packed
+a panel at a time in the processor's cache, they take no memory. Price: none; the packing is one or two of a hundred.
 """
 
 from __future__ import annotations
