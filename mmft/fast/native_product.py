@@ -1,8 +1,8 @@
 """Sums of products by the kernel of `native/product.c`: a frozen layer and its adapter in one pass over the output.
 
 Formula: `out = sum_i A_i B_i^T + bias` (`across`, a layer's forward) or `sum_i A_i B_i` (its gradient), all terms in
-one float32 sum that is rounded once, where torch writes, reads and rounds for each. Weights are read as they lie: packed
-a panel at a time in the processor's cache, they take no memory. Price: none; the packing is one or two of a hundred.
+one float32 sum that is rounded once, where torch writes, reads and rounds for each. Weights are read as they lie, a
+panel at a time, and take no memory. Price: none; packing the panels is one or two of a hundred.
 """
 
 from __future__ import annotations
@@ -15,12 +15,20 @@ from torch import Tensor
 
 from mmft.fast.native_build import chosen, pointer
 
+PANEL = 64
+"""Columns that are packed at once."""
+
 
 class _Term(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("a", "b")),
         *((name, ctypes.c_int64) for name in ("lda", "ldb", "depth")),
     ]
+
+
+def address(x: Tensor) -> int:
+    """Of a tensor's first value."""
+    return x.data_ptr()
 
 
 def _plain(x: Tensor) -> bool:
@@ -31,18 +39,24 @@ def _plain(x: Tensor) -> bool:
 
 def product(terms: Sequence[tuple[Tensor, Tensor]], *, across: bool, bias: Tensor | None = None) -> Tensor | None:
     """Sum of `A B^T` (`across`) or `A B` over terms of (rows, depth) and (columns, depth) or (depth, columns): (rows,
-    columns) bfloat16; None where the kernel was not chosen or a tensor is not its own."""
+    columns) bfloat16; None where the kernel was not chosen or a tensor is not its own. Raises ValueError for terms
+    of unlike shapes."""
     kernels = chosen()
     if kernels is None or any(a.shape[1] % 2 or not _plain(a) or not _plain(b) for a, b in terms):
         return None
     if bias is not None and (bias.dtype != torch.bfloat16 or not bias.is_contiguous()):
         return None
-    (first, weight), count = terms[0], ctypes.c_int64(len(terms))
+    (first, weight), count = terms[0], ctypes.c_long(len(terms))
     rows, columns = len(first), weight.shape[0 if across else 1]
-    out = first.new_empty(rows, columns)
+    if any(len(a) != rows or b.shape != ((columns, a.shape[1]) if across else (a.shape[1], columns)) for a, b in terms):
+        raise ValueError(f"terms of unlike shapes: {[(tuple(a.shape), tuple(b.shape)) for a, b in terms]}")
+    out, each = first.new_empty(rows, columns), sum(a.shape[1] for a, _ in terms) // 2 * PANEL
+    threads = torch.get_num_threads()
+    room = torch.empty(threads * each, dtype=torch.int32)  # torch's memory: refused as torch refuses it
     every = (_Term * len(terms))(
-        *(_Term(a.data_ptr(), b.data_ptr(), a.stride(0), b.stride(0), a.shape[1]) for a, b in terms)
+        *(_Term(address(a), address(b), a.stride(0), b.stride(0), a.shape[1]) for a, b in terms)
     )
-    sizes = (ctypes.c_int64(one) for one in (columns, rows, columns, torch.get_num_threads()))
-    kernels.mmft_product(every, count, ctypes.c_int64(across), pointer(bias), pointer(out), *sizes)
+    sizes = (ctypes.c_long(one) for one in (rows, columns))
+    ends = (pointer(room), ctypes.c_long(each), ctypes.c_long(threads))
+    kernels.mmft_product(every, count, ctypes.c_long(across), pointer(bias), pointer(out), *sizes, *ends)
     return out

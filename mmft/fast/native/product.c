@@ -1,14 +1,13 @@
 /* out = sum of A_i B_i (+ bias), in bfloat16 from sums in float32: what a layer with its adapter is, in one pass.
 
-   Columns are taken PANEL at a time: the terms' B become one packed panel (pairs along the sum, columns), which stays in
-   the second cache while all rows pass by in tiles of TILE. Threads share panels and tiles in their order, so that a
+   Columns are taken PANEL at a time: the terms' B become one packed panel (pairs along the sum, columns), which stays
+   in the second cache while all rows pass by in tiles of TILE. Threads share panels and tiles in their order, so that a
    value is computed in the same way whatever their number. */
 #include "vectors.h"
 #include <omp.h>
-#include <stdlib.h>
 
 enum { TILE = 6, PANEL = 64 };
-/* `depth` is even. B is (columns, depth) where `across`, else (depth, columns); rows of A and B lie `lda`, `ldb` apart. */
+/* `depth` is even. B is (columns, depth) where `across`, else (depth, columns); rows lie `lda` and `ldb` apart. */
 typedef struct { const bf16 *a, *b; int64_t lda, ldb, depth; } term;
 
 /* 16 x 16 values of 4 bytes, rows to columns. */
@@ -28,7 +27,8 @@ INLINE void turn(uint32_t *to, long ldt, const uint32_t *from, long ldf, long co
     }
     for (int i = 0; i < 4; i++) {
         __m512i a = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88), b = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
-        __m512i c = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88), d = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+        __m512i c = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+        __m512i d = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
         y[i] = _mm512_shuffle_i32x4(a, c, 0x88);
         y[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
         y[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
@@ -55,14 +55,16 @@ INLINE void pack(uint32_t *to, const term *t, long at, long columns, int across)
 }
 
 /* A tile of TILE rows (the last one again where there are fewer) and 16 * wide columns. */
-INLINE void tile(const int wide, const term *terms, long count, const uint32_t *panel, long row, long rows, const bf16 *bias,
-                 bf16 *out, long ldo, long columns) {
+INLINE void tile(const int wide, const term *terms, long count, const uint32_t *panel, long row, long rows,
+                 const bf16 *bias, bf16 *out, long ldo, long columns) {
     __m512 sum[TILE][4];
     for (int i = 0; i < TILE; i++)
-        for (int j = 0; j < wide; j++) sum[i][j] = bias ? load_some(bias + 16 * j, first(columns - 16 * j)) : _mm512_setzero_ps();
+        for (int j = 0; j < wide; j++)
+            sum[i][j] = bias ? load_some(bias + 16 * j, first(columns - 16 * j)) : _mm512_setzero_ps();
     for (const term *t = terms; t < terms + count; t++) {
         const uint32_t *a[TILE];
-        for (int i = 0; i < TILE; i++) a[i] = (const uint32_t *)(t->a + (row + (i < rows ? i : rows - 1)) * t->lda);
+        for (int i = 0; i < TILE; i++)
+            a[i] = (const uint32_t *)(t->a + (row + (i < rows ? i : rows - 1)) * t->lda);
         for (long k = 0; k < t->depth / 2; k++, panel += PANEL) {
             __m512bh right[4];
             for (int j = 0; j < wide; j++) right[j] = (__m512bh)_mm512_loadu_si512(panel + 16 * j);
@@ -77,20 +79,21 @@ INLINE void tile(const int wide, const term *terms, long count, const uint32_t *
             if (i < rows) store_some(out + i * ldo + 16 * j, sum[i][j], first(columns - 16 * j));
 }
 
-void mmft_product(const term *terms, long count, long across, const bf16 *bias, bf16 *out, long ldo, long rows,
-                  long columns, long threads) {
-    long tiles = (rows + TILE - 1) / TILE, panels = (columns + PANEL - 1) / PANEL, depth = 0;
-    for (long i = 0; i < count; i++) depth += terms[i].depth;
+/* `room`: panels for the threads, `each` values of 4 bytes apart. */
+void mmft_product(const term *terms, long count, long across, const bf16 *bias, bf16 *out, long rows, long columns,
+                  uint32_t *room, long each, long threads) {
+    long ldo = columns, tiles = (rows + TILE - 1) / TILE, panels = (columns + PANEL - 1) / PANEL;
 #pragma omp parallel num_threads(threads)
     {
         long here = omp_get_thread_num(), all = omp_get_num_threads(), packed = -1;
         long begin = panels * tiles * here / all, end = panels * tiles * (here + 1) / all;
-        uint32_t *panel = aligned_alloc(64, (depth / 2 * PANEL * 4 + 63) / 64 * 64);
+        uint32_t *panel = room + here * each;
         for (long at = begin; at < end; at++) {
             long column = at / tiles * PANEL, row = at % tiles * TILE, left = columns - column;
             if (column != packed) {
                 uint32_t *to = panel;
-                for (long i = 0; i < count; to += terms[i++].depth / 2 * PANEL) pack(to, terms + i, column, left, across);
+                for (long i = 0; i < count; to += terms[i++].depth / 2 * PANEL)
+                    pack(to, terms + i, column, left, across);
                 packed = column;
             }
             bf16 *into = out + row * ldo + column;
@@ -100,6 +103,5 @@ void mmft_product(const term *terms, long count, long across, const bf16 *bias, 
             else if (left > 16) tile(2, terms, count, panel, row, rows - row, with, into, ldo, left);
             else tile(1, terms, count, panel, row, rows - row, with, into, ldo, left);
         }
-        free(panel);
     }
 }
