@@ -20,6 +20,7 @@ from mmft.fast import native_build, native_linear, products
 from mmft.fast.attention import products_chosen
 from mmft.fast.line_attention import groups_of, line_attention
 from mmft.fast.native_attention import Segment, fits, native_line, native_rows
+from mmft.fast.native_product import product
 from mmft.fast.plan import Candidate, NotHere, Setting, Work
 from mmft.fast.probe import on_cpu
 from mmft.fast.products import configs_of, seconds
@@ -121,6 +122,24 @@ def race(text: Any, *, length: int = 256) -> tuple[float, float]:
         return seconds(before), seconds(kernel)
 
 
+def wrong() -> str:
+    """What this machine's gcc made of the sources that does not compute what torch does; empty where all of it does."""
+    source = torch.Generator().manual_seed(0)
+    x, weight, heads = (torch.randn(size, generator=source).bfloat16() for size in ((41, 96), (70, 96), (3, 41, 32)))
+    made = product([(x, weight)], across=True)
+    found = native_line(heads[None], heads[None], heads[None], [(0, 41, 0, 0)], scale=0.2).transpose(1, 2)
+    wide = heads.double()
+    scores = (0.2 * wide @ wide.transpose(1, 2)).masked_fill(torch.ones(41, 41).triu(1) > 0, float("-inf"))
+    pairs = {
+        "a product": (made, x.double() @ weight.double().t()),
+        "attention": (found[0], torch.softmax(scores, -1) @ wide),
+    }
+    far = [
+        name for name, (one, truth) in pairs.items() if one is None or not (one - truth).norm() < 0.01 * truth.norm()
+    ]
+    return " and ".join(far)
+
+
 def install(setting: Setting, work: Work) -> Work:
     """Build, choose, and give attention to the kernel where it wins. Raises NotHere where it does not, or where the
     kernels cannot be built."""
@@ -130,6 +149,8 @@ def install(setting: Setting, work: Work) -> Work:
         raise NotHere(str(error)) from None
     model = setting.adapted.backbone.model
     try:
+        if wrong():
+            raise NotHere(f"what gcc built computes {wrong()} wrongly here")
         was = _attention_goes_in(model)
     except BaseException:
         native_build.choose(before)

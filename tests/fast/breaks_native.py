@@ -15,6 +15,11 @@ _NORM = "fast/test_native_rows.py::test_a_norm_is_torchs"
 _GATE = "fast/test_native_rows.py::test_a_gate_is_torchs[1000]"
 _EXP = "fast/test_native_rows.py::test_the_exponential_over_its_whole_range"
 
+_PRODUCT = "fast/test_native_product.py"
+_SUM = f"{_PRODUCT}::test_a_layer_and_its_adapters_are_one_sum[(4, 6)-(7, 62, 65)]"
+_BACK = f"{_PRODUCT}::test_the_gradient_of_several_layers_is_one_sum[(7, 62, 65)]"
+_FROZEN = f"{_PRODUCT}::test_frozen_layers_forward_and_backward"
+
 NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
     (
         "native_kernels",
@@ -161,6 +166,76 @@ NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
                 "told.update(source.read_bytes())",
                 "pass",
                 "fast/test_native_build.py::test_other_sources_or_flags_are_another_library",
+            ),
+        ),
+    ),
+    (
+        "native_kernels",
+        "fast/native/product.c",
+        (
+            (
+                "the last column's bias is left out",
+                "first(columns - 16 * j)) : _mm",
+                "first(columns - 1 - 16 * j)) : _mm",
+                _SUM,
+            ),
+            ("a panel is packed for the first term alone", "i < count; to +=", "i < 1; to +=", _SUM),
+            (
+                "two rows of a turned block change places",
+                "y[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);",
+                "y[i + 4] = _mm512_shuffle_i32x4(d, b, 0x88);",
+                _SUM,
+            ),
+            ("a pair holds one row twice", "one + t->ldb));", "one));", _BACK),
+            ("the last rows are left out", "(rows + TILE - 1) / TILE", "rows / TILE", _BACK),
+            ("a panel of another column is taken", "if (column != packed)", "if (packed < 0)", _SUM),
+        ),
+    ),
+    (
+        "native_kernels",
+        "fast/native_product.py",
+        (
+            (
+                "half a pair is taken",
+                "any(a.shape[1] % 2 or not",
+                "any(not",
+                f"{_PRODUCT}::test_what_is_not_its_own_is_left_to_torch",
+            ),
+        ),
+    ),
+    (
+        "native_kernels",
+        "fast/native_linear.py",
+        (
+            (
+                "a layer that trains is taken",
+                "any(one.requires_grad or one.dtype",
+                "any(one.dtype",
+                f"{_PRODUCT}::test_frozen_layers_forward_and_backward",
+            ),
+            (
+                "the gradient of a layer without its weight's turn",
+                "product([(gradient.contiguous(), weight)], across=False)",
+                "product([(gradient.contiguous(), weight.flip(0).contiguous())], across=False)",
+                _FROZEN,
+            ),
+        ),
+    ),
+    (
+        "native_kernels",
+        "fast/lora_linear.py",
+        (
+            (
+                "the adapter's own product is left out",
+                "product([(x, weight), (part, wide)], across=True, bias=bias)",
+                "product([(x, weight)], across=True, bias=bias)",
+                f"{_PRODUCT}::test_adapters_in_bfloat16_are_as_near_to_float32_as_torchs[False]",
+            ),
+            (
+                "the gradient through the adapters is left out",
+                "[*terms, narrow] if narrow is not None else terms",
+                "terms",
+                f"{_PRODUCT}::test_adapters_in_bfloat16_are_as_near_to_float32_as_torchs[True]",
             ),
         ),
     ),
