@@ -83,7 +83,12 @@ FORWARD: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
             ("B without its scaling", "(param * self.factor if self.factor != 1.0 else param)", "param", _LINES),
             ("B's gradient without its scaling", ".mul_(line.scaling)", "", _LINES),
             ("no gradient of x through A", "dx if narrow is None else dx.addmm_(*narrow)", "dx", _LINES),
-            ("the last line's weights go into dx alone", "dx.addmm_(given, weight)", "dx = torch.mm(given, weight)", _LINES),
+            (
+                "the last line's weights go into dx alone",
+                "dx.addmm_(given, weight)",
+                "dx = torch.mm(given, weight)",
+                _LINES,
+            ),
             (
                 "a bias is left out",
                 "bias = None if line.bias is None else line.bias.to(x.dtype)",
