@@ -47,8 +47,9 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     special = any(options.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
     lengths = query.shape[2] == key.shape[2] > 1
-    if attention_mask is None and lengths and not special and not dropout and fits(query, key, value):
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    plain = attention_mask is None and lengths and not special and not dropout and scale > 0
+    if plain and fits(query, key, value):
         return native_rows(query, key, value, scale=scale, causal=bool(causal)).transpose(1, 2), None
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

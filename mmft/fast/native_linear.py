@@ -19,6 +19,10 @@ LEAST_ROWS = 32
 """Fewer rows are torch's: the packing would not be paid back."""
 
 
+CAST = (torch.bfloat16, torch.float32, torch.float16)
+"""What autocast computes in bfloat16."""
+
+
 class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,7 +47,7 @@ class _FastLinear:
         cast = torch.is_autocast_enabled("cpu")
         kind = torch.get_autocast_dtype("cpu") if cast else x.dtype
         few = x.numel() < LEAST_ROWS * x.shape[-1]
-        if kind != torch.bfloat16 or few or self.weight.requires_grad or not x.is_floating_point():
+        if kind != torch.bfloat16 or few or self.weight.requires_grad or x.dtype not in CAST:
             out: Tensor = super().forward(x)  # type: ignore[misc]
             return out
         with torch.autocast("cpu", enabled=False):

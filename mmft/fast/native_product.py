@@ -44,11 +44,14 @@ def product(terms: Sequence[tuple[Tensor, Tensor]], *, across: bool, bias: Tenso
     kernels = chosen()
     if kernels is None or any(a.shape[1] % 2 or not _plain(a) or not _plain(b) for a, b in terms):
         return None
-    if bias is not None and (bias.dtype != torch.bfloat16 or not bias.is_contiguous()):
+    if bias is not None and (bias.dtype != torch.bfloat16 or not bias.is_contiguous() or bias.device.type != "cpu"):
         return None
     (first, weight), count = terms[0], ctypes.c_long(len(terms))
     rows, columns = len(first), weight.shape[0 if across else 1]
-    if any(len(a) != rows or b.shape != ((columns, a.shape[1]) if across else (a.shape[1], columns)) for a, b in terms):
+    whole = bias is None or bias.shape == (columns,)
+    if not whole or any(
+        len(a) != rows or b.shape != ((columns, a.shape[1]) if across else (a.shape[1], columns)) for a, b in terms
+    ):
         raise ValueError(f"terms of unlike shapes: {[(tuple(a.shape), tuple(b.shape)) for a, b in terms]}")
     out, each = first.new_empty(rows, columns), sum(a.shape[1] for a, _ in terms) // 2 * PANEL
     threads = torch.get_num_threads()

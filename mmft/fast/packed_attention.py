@@ -117,7 +117,7 @@ def packed_attention(
     longest = max(row[1] - row[0] + row[3] - row[2] for row in rows)
     whole = query.device.type == "cpu" and not dropout and (window is None or window >= longest)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if whole and fits(query, key, value):
+    if whole and scale > 0 and fits(query, key, value):
         return native_line(query, key, value, rows, scale=scale), None
     if whole and products_chosen():
         return line_attention(query, key, value, groups_of(tuple(rows)), scale=scale), None

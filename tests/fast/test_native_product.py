@@ -107,6 +107,8 @@ def test_what_is_not_its_own_is_left_to_torch():
 
 def test_unlike_shapes_are_refused():
     a, b = drawn((6, 8), (5, 8))
+    with pytest.raises(ValueError, match="unlike shapes"):
+        product([(a, b)], across=True, bias=a[0, :4])
     for terms, across in (([(a, b[:, :6])], True), ([(a, b)], False), ([(a, b), (a[:5], b)], True)):
         with pytest.raises(ValueError, match="unlike shapes"):
             product(terms, across=across)
