@@ -61,7 +61,7 @@ def library() -> ctypes.CDLL:
     reason = why_not()
     if reason:
         raise NoKernels(reason)
-    kept, scratch = _own_folder(), None
+    threads, kept, scratch = _threads(), _own_folder(), None
     try:
         gcc = shutil.which("gcc") or "gcc"
         sources = sorted(SOURCES.glob("*.[ch]"))
@@ -80,8 +80,8 @@ def library() -> ctypes.CDLL:
     finally:
         if scratch is not None:  # a loaded library stays, its file need not
             shutil.rmtree(scratch, ignore_errors=True)
-    if len(_threads()) > 1:
-        raise NoKernels(f"they would bring a second set of threads ({', '.join(sorted(_threads()))})")
+    if _threads() - threads:  # those of other packages are idle while torch's work
+        raise NoKernels(f"they bring a second set of threads ({', '.join(sorted(_threads() - threads))})")
     return found
 
 

@@ -140,7 +140,7 @@ NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
         "native_kernels",
         "fast/native_kernels.py",
         (
-            ("a mask is left out", "if attention_mask is None and lengths", "if lengths", _CALL),
+            ("a mask is left out", "plain = attention_mask is None and lengths", "plain = lengths", _CALL),
             ("one that is not causal is made so", "causal=bool(causal))", "causal=True)", _CALL),
             ("dropout is left out", "not special and not dropout and", "not special and", _CALL),
             (
