@@ -68,15 +68,6 @@ def attention_forward(
     return found
 
 
-def register() -> None:
-    """Make the function known to transformers, with the masks of `sdpa`."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
 def holds(setting: Setting) -> tuple[bool, str]:
     """On a CPU with vectors of bfloat16, a compiler, and steps computed in bfloat16."""
     if not on_cpu(setting):
@@ -179,7 +170,7 @@ def _attention_goes_in(model: Any) -> dict[str, str]:
         raise NotHere(f"attention takes {theirs * 1e3:.1f} ms as it is, and {ours * 1e3:.1f} ms by the kernel")
     if not getattr(model, "_supports_attention_backend", False):
         return {}
-    register()
+    products.register(NAME, attention_forward)
     was = {name: one._attn_implementation for name, one in configs_of(model).items()}
     model.set_attn_implementation({name: NAME for name, one in was.items() if one in OTHERS})
     return was

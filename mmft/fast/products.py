@@ -62,13 +62,13 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
-def register() -> None:
-    """Make the function known to transformers, with the masks of `sdpa`."""
+def register(name: str = NAME, function: Callable[..., Any] = attention_forward) -> None:
+    """Make a function known to transformers, with the masks of `sdpa`."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
 
 
 def configs_of(model: Any) -> dict[str, Any]:
