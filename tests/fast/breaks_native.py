@@ -171,7 +171,7 @@ NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
     ),
     (
         "native_kernels",
-        "fast/native/product.c",
+        "fast/native/product.h",
         (
             (
                 "the last column's bias is left out",
@@ -179,7 +179,6 @@ NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
                 "first(columns - 1 - 16 * j)) : _mm",
                 _SUM,
             ),
-            ("a panel is packed for the first term alone", "i < count; to +=", "i < 1; to +=", _SUM),
             (
                 "two rows of a turned block change places",
                 "y[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);",
@@ -187,6 +186,13 @@ NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
                 _SUM,
             ),
             ("a pair holds one row twice", "one + t->ldb));", "one));", _BACK),
+        ),
+    ),
+    (
+        "native_kernels",
+        "fast/native/product.c",
+        (
+            ("a panel is packed for the first term alone", "i < count; to +=", "i < 1; to +=", _SUM),
             ("the last rows are left out", "(rows + TILE - 1) / TILE", "rows / TILE", _BACK),
             ("a panel of another column is taken", "if (column != packed)", "if (packed < 0)", _SUM),
         ),

@@ -1,0 +1,79 @@
+/* Products of bfloat16 in panels and tiles: out = sum of A_i B_i, summed in float32.
+
+   Columns are taken PANEL at a time: the terms' B become one packed panel (pairs along the sum, columns), which stays
+   in the second cache while all rows pass by in tiles of TILE. */
+#include "vectors.h"
+#include <omp.h>
+
+enum { TILE = 6, PANEL = 64 };
+/* `depth` is even. B is (columns, depth) where `across`, else (depth, columns); rows lie `lda` and `ldb` apart. */
+typedef struct { const bf16 *a, *b; int64_t lda, ldb, depth; } term;
+
+/* 16 x 16 values of 4 bytes, rows to columns. */
+INLINE void turn(uint32_t *to, long ldt, const uint32_t *from, long ldf, long columns, long pairs) {
+    __m512i x[16], y[16];
+    for (int i = 0; i < 16; i++)
+        x[i] = i < columns ? _mm512_maskz_loadu_epi32(first(pairs), from + i * ldf) : _mm512_setzero_si512();
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+        x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+        x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+        x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        __m512i a = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88), b = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
+        __m512i c = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+        __m512i d = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+        y[i] = _mm512_shuffle_i32x4(a, c, 0x88);
+        y[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        y[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
+        y[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+    for (int i = 0; i < 16 && i < pairs; i++) _mm512_storeu_si512(to + i * ldt, y[i]);
+}
+
+/* Columns from `at` on of a term's B, as pairs along the sum; zeros behind the last column. */
+INLINE void pack(uint32_t *to, const term *t, long at, long columns, int across) {
+    long wide = columns < PANEL ? columns : PANEL;
+    for (long j = 0; j < PANEL; j += 16)
+        for (long k = 0; k < t->depth; k += across ? 32 : 2)
+            if (across) {
+                const uint32_t *from = (const uint32_t *)(t->b + (at + j) * t->ldb + k);
+                turn(to + k / 2 * PANEL + j, PANEL, from, t->ldb / 2, wide - j, (t->depth - k + 1) / 2);
+            } else {
+                __mmask16 some = wide > j ? first(wide - j) : 0;
+                const bf16 *one = t->b + k * t->ldb + at + j;
+                __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, one));
+                __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, one + t->ldb));
+                _mm512_storeu_si512(to + k / 2 * PANEL + j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            }
+}
+
+/* A tile of TILE rows (the last one again where there are fewer) and 16 * wide columns. */
+INLINE void tile(const int wide, const term *terms, long count, const uint32_t *panel, long row, long rows,
+                 const bf16 *bias, bf16 *out, long ldo, long columns) {
+    __m512 sum[TILE][4];
+    for (int i = 0; i < TILE; i++)
+        for (int j = 0; j < wide; j++)
+            sum[i][j] = bias ? load_some(bias + 16 * j, first(columns - 16 * j)) : _mm512_setzero_ps();
+    for (const term *t = terms; t < terms + count; t++) {
+        const uint32_t *a[TILE];
+        for (int i = 0; i < TILE; i++)
+            a[i] = (const uint32_t *)(t->a + (row + (i < rows ? i : rows - 1)) * t->lda);
+        for (long k = 0; k < t->depth / 2; k++, panel += PANEL) {
+            __m512bh right[4];
+            for (int j = 0; j < wide; j++) right[j] = (__m512bh)_mm512_loadu_si512(panel + 16 * j);
+            for (int i = 0; i < TILE; i++) {
+                __m512bh left = (__m512bh)_mm512_set1_epi32((int)a[i][k]);
+                for (int j = 0; j < wide; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
+            }
+        }
+    }
+    for (int i = 0; i < TILE; i++)
+        for (int j = 0; j < wide; j++)
+            if (i < rows) store_some(out + i * ldo + 16 * j, sum[i][j], first(columns - 16 * j));
+}
