@@ -185,15 +185,14 @@ NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
                 "y[i + 4] = _mm512_shuffle_i32x4(d, b, 0x88);",
                 _SUM,
             ),
-            ("a pair holds one row twice", "one + t->ldb));", "one));", _BACK),
-        ),
-    ),
-    (
-        "native_kernels",
-        "fast/native/product.c",
-        (
-            ("a panel is packed for the first term alone", "i < count; to +=", "i < 1; to +=", _SUM),
-            ("the last rows are left out", "(rows + TILE - 1) / TILE", "rows / TILE", _BACK),
+            ("a pair holds one row twice", "loadu_epi16(next, one + t->ldb)", "loadu_epi16(next, one)", _BACK),
+            (
+                "a panel is packed for the first term alone",
+                "t < j->terms + j->count; to +=",
+                "t < j->terms + 1; to +=",
+                _SUM,
+            ),
+            ("the last rows are left out", "(j->rows + TILE - 1) / TILE", "j->rows / TILE", _BACK),
             ("a panel of another column is taken", "if (column != packed)", "if (packed < 0)", _SUM),
         ),
     ),

@@ -6,7 +6,8 @@
 #include <omp.h>
 
 enum { TILE = 6, PANEL = 64 };
-/* `depth` is even. B is (columns, depth) where `across`, else (depth, columns); rows lie `lda` and `ldb` apart. */
+/* B is (columns, depth) where `across`, else (depth, columns); rows lie `lda` and `ldb` apart. `depth` is even; where
+   it is not, B is not `across`, and rows of A end with a zero behind it. */
 typedef struct { const bf16 *a, *b; int64_t lda, ldb, depth; } term;
 
 /* 16 x 16 values of 4 bytes, rows to columns. */
@@ -48,15 +49,15 @@ INLINE void pack(uint32_t *to, const term *t, long at, long columns, int across)
                 __mmask16 some = wide > j ? first(wide - j) : 0;
                 const bf16 *one = t->b + k * t->ldb + at + j;
                 __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, one));
-                __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, one + t->ldb));
+                __mmask16 next = k + 1 < t->depth ? some : 0;
+                __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(next, one + t->ldb));
                 _mm512_storeu_si512(to + k / 2 * PANEL + j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
             }
 }
 
-/* A tile of TILE rows (the last one again where there are fewer) and 16 * wide columns. */
-INLINE void tile(const int wide, const term *terms, long count, const uint32_t *panel, long row, long rows,
-                 const bf16 *bias, bf16 *out, long ldo, long columns) {
-    __m512 sum[TILE][4];
+/* Sums of a tile: TILE rows (the last one again where there are fewer) and 16 * wide columns. */
+INLINE void sums(const int wide, const term *terms, long count, const uint32_t *panel, long row, long rows,
+                 const bf16 *bias, long columns, __m512 sum[TILE][4]) {
     for (int i = 0; i < TILE; i++)
         for (int j = 0; j < wide; j++)
             sum[i][j] = bias ? load_some(bias + 16 * j, first(columns - 16 * j)) : _mm512_setzero_ps();
@@ -64,7 +65,7 @@ INLINE void tile(const int wide, const term *terms, long count, const uint32_t *
         const uint32_t *a[TILE];
         for (int i = 0; i < TILE; i++)
             a[i] = (const uint32_t *)(t->a + (row + (i < rows ? i : rows - 1)) * t->lda);
-        for (long k = 0; k < t->depth / 2; k++, panel += PANEL) {
+        for (long k = 0; k < (t->depth + 1) / 2; k++, panel += PANEL) {
             __m512bh right[4];
             for (int j = 0; j < wide; j++) right[j] = (__m512bh)_mm512_loadu_si512(panel + 16 * j);
             for (int i = 0; i < TILE; i++) {
@@ -73,7 +74,53 @@ INLINE void tile(const int wide, const term *terms, long count, const uint32_t *
             }
         }
     }
-    for (int i = 0; i < TILE; i++)
-        for (int j = 0; j < wide; j++)
-            if (i < rows) store_some(out + i * ldo + 16 * j, sum[i][j], first(columns - 16 * j));
+}
+
+/* A product: `out` in bfloat16, rows `ldo` apart, or `wider` in float32 times `scale`, values of a row `step` apart. */
+typedef struct {
+    const term *terms;
+    int64_t count, across, rows, columns, ldo;
+    const bf16 *bias;
+    bf16 *out;
+    float *wider, scale;
+    int64_t step;
+} job;
+
+/* A tile of it. */
+INLINE void tile(const int wide, const job *j, const uint32_t *panel, long row, long column) {
+    long rows = j->rows - row, columns = j->columns - column;
+    __m512 sum[TILE][4];
+    sums(wide, j->terms, j->count, panel, row, rows, j->bias ? j->bias + column : 0, columns, sum);
+    for (int i = 0; i < TILE && i < rows; i++)
+        for (int at = 0; at < wide; at++) {
+            __mmask16 some = first(columns - 16 * at);
+            __m512 value = _mm512_mul_ps(sum[i][at], _mm512_set1_ps(j->scale));
+            float *to = j->wider + (row + i) * j->ldo + (column + 16 * at) * j->step;
+            if (!j->wider) store_some(j->out + (row + i) * j->ldo + column + 16 * at, sum[i][at], some);
+            else if (j->step == 1) _mm512_mask_storeu_ps(to, some, value);
+            else _mm512_mask_i32scatter_ps(to, some, steps(j->step), value, 4);
+        }
+}
+
+INLINE long tiles_of(const job *j) { return (j->rows + TILE - 1) / TILE; }
+INLINE long panels_of(const job *j) { return (j->columns + PANEL - 1) / PANEL; }
+
+/* Those of its tiles that are thread `here`'s of `all`; `then(more, row, column)` follows each. */
+static void share(const job *j, uint32_t *panel, long here, long all, void (*then)(const void *, long, long),
+                  const void *more) {
+    long tiles = tiles_of(j), panels = panels_of(j), packed = -1;
+    for (long at = panels * tiles * here / all; at < panels * tiles * (here + 1) / all; at++) {
+        long column = at / tiles * PANEL, row = at % tiles * TILE, left = j->columns - column;
+        if (column != packed) {
+            uint32_t *to = panel;
+            for (const term *t = j->terms; t < j->terms + j->count; to += (t++->depth + 1) / 2 * PANEL)
+                pack(to, t, column, left, j->across);
+            packed = column;
+        }
+        if (left > 48) tile(4, j, panel, row, column);
+        else if (left > 32) tile(3, j, panel, row, column);
+        else if (left > 16) tile(2, j, panel, row, column);
+        else tile(1, j, panel, row, column);
+        if (then) then(more, row, column);
+    }
 }

@@ -21,6 +21,11 @@ INLINE __m256i narrow(__m512 x) {
 INLINE void store(bf16 *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, narrow(x)); }
 INLINE void store_some(bf16 *to, __m512 x, __mmask16 some) { _mm256_mask_storeu_epi16(to, some, narrow(x)); }
 INLINE __m512 rounded(__m512 x) { return widen(narrow(x)); }
+/* 0, n, 2 n, … */
+INLINE __m512i steps(long n) {
+    __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_mullo_epi32(count, _mm512_set1_epi32((int)n));
+}
 INLINE __mmask16 first(long n) { return n >= 16 ? 0xffff : (__mmask16)((1u << n) - 1); }
 
 /* e^x within 2 units in the last place: x = n ln 2 + r, a polynomial of r (Cephes), 2^n; NaN stays NaN. */
