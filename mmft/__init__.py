@@ -87,14 +87,14 @@ def train(
     )
 
 
-def evaluate(run: str | Path, *, quiet: bool = False) -> dict[str, Any]:
-    """Answer the evaluation rows of a run again, rewrite its report and return it."""
+def evaluate(run: str | Path, *, fetch: Any = None, quiet: bool = False) -> dict[str, Any]:
+    """Answer the evaluation rows of a run again, rewrite its report and return it; `fetch` as in `train`."""
     from mmft.quiet import quiet_upstream
 
     quiet_upstream()
     from mmft.run import evaluate as again
 
-    return again(run, quiet=quiet)
+    return again(run, fetch=fetch, quiet=quiet)
 
 
 def report(run: str | Path) -> Path:
@@ -239,15 +239,20 @@ def trace(recipe: RecipeLike, overrides: Sequence[str] = (), *, row: int = 0) ->
 
 
 def merge(
-    adapter: str | Path, *, base: str | None = None, out: str | Path | None = None, onto: str | None = None
+    adapter: str | Path,
+    *,
+    base: str | None = None,
+    out: str | Path | None = None,
+    onto: str | None = None,
+    fetch: Any = None,
 ) -> dict[str, Any]:
-    """Merge an adapter (or a run's) into its base, tensor by tensor; returns the merge report."""
+    """Merge an adapter (or a run's; `fetch` as in `train`) into its base, tensor by tensor; returns the report."""
     from mmft.quiet import quiet_upstream
 
     quiet_upstream()
     from mmft.prove import merge_folder
 
-    return merge_folder(adapter, base=base, out=out, onto=onto)
+    return merge_folder(adapter, base=base, out=out, onto=onto, fetch=fetch)
 
 
 def verify(base: str, adapter: str | Path, merged: str | Path) -> dict[str, Any]:

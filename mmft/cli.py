@@ -25,6 +25,9 @@ app = typer.Typer(
 
 Recipe = Annotated[str, typer.Argument(help="Recipe file (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example train.learning_rate=1e-4")]
+Fetch = Annotated[
+    str | None, typer.Option(help="FILE.py:NAME of a function of (url, path) that brings streamed shards.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
@@ -52,9 +55,7 @@ def train(
     reward: Annotated[
         list[str] | None, typer.Option(help="FILE.py:NAME of a reward function in the place of the recipe's (again).")
     ] = None,
-    fetch: Annotated[
-        str | None, typer.Option(help="FILE.py:NAME of a function of (url, path) that brings streamed shards.")
-    ] = None,
+    fetch: Fetch = None,
     plain: Annotated[bool, typer.Option("--plain", help="Without the fast path: train.fast=false.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -254,11 +255,13 @@ def generate(
 
 
 @app.command()
-def evaluate(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: Json = False) -> None:
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder.")], fetch: Fetch = None, as_json: Json = False
+) -> None:
     """Answer the evaluation rows of a run again and rewrite its report."""
     from mmft.summary import summary_text
 
-    values = mmft.evaluate(run)
+    values = mmft.evaluate(run, fetch=fetch)
     _show(values, as_json=as_json, text=summary_text(values))
 
 
@@ -275,12 +278,13 @@ def merge(
     out: Annotated[Path | None, typer.Option(help="New folder for an adapter folder; a run has its merged/.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model, where it is not the recorded one.")] = None,
     onto: Annotated[str | None, typer.Option(help="base or dequantized; the run's choice if not given.")] = None,
+    fetch: Fetch = None,
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base, tensor by tensor."""
     from mmft.summary import merge_text
 
-    values = mmft.merge(adapter, base=base, out=out, onto=onto)
+    values = mmft.merge(adapter, base=base, out=out, onto=onto, fetch=fetch)
     _show(values, as_json=as_json, text=merge_text(values))
 
 

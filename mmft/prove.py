@@ -8,11 +8,13 @@ from typing import Any
 
 from mmft.adapters.store import CONFIG, check_base, read_sidecar
 from mmft.backbones.load import load_backbone, meta_backbone, resolve_model
+from mmft.data.stream_files import Fetch
 from mmft.errors import AdapterError, BackboneError, ExportError, RecipeError
 from mmft.export.formats import plain_base
 from mmft.export.merge import merge_adapter
 from mmft.export.verify import verify_merge
 from mmft.files import read_json_file
+from mmft.kinds.custom import find_fetch
 from mmft.outcome import export_stage, restore_trained
 from mmft.recipe.schema import ModelSection
 from mmft.runfolder import find_run, read_json
@@ -22,7 +24,12 @@ ONTO = ("base", "dequantized")
 
 
 def merge_folder(
-    adapter: str | Path, *, base: str | None = None, out: str | Path | None = None, onto: str | None = None
+    adapter: str | Path,
+    *,
+    base: str | None = None,
+    out: str | Path | None = None,
+    onto: str | None = None,
+    fetch: str | Fetch | None = None,
 ) -> dict[str, Any]:
     """Merge a run's adapter (as its recipe says, `onto` apart, with its proof) or an adapter folder onto its base.
 
@@ -35,7 +42,9 @@ def merge_folder(
         )
     folder = Path(adapter)
     if (folder / "recipe.yaml").is_file():
-        return _merge_run(folder, base=base, out=out, onto=onto)
+        return _merge_run(folder, base=base, out=out, onto=onto, fetch=find_fetch(fetch))
+    if fetch is not None:
+        raise RecipeError("an adapter folder has no rows", where="--fetch", do="leave it out, or merge the run folder")
     if out is None:
         raise RecipeError("no folder to write to", where="--out", do="give --out FOLDER")
     if onto == "dequantized":
@@ -54,7 +63,9 @@ def merge_folder(
     return {**report.to_json(), "folder": str(out), "proof": proof.to_json()}
 
 
-def _merge_run(folder: Path, *, base: str | None, out: str | Path | None, onto: str | None) -> dict[str, Any]:
+def _merge_run(
+    folder: Path, *, base: str | None, out: str | Path | None, onto: str | None, fetch: Fetch | None
+) -> dict[str, Any]:
     if base is not None or out is not None:
         raise RecipeError(
             "a run is merged onto its own base, into its own merged/",
@@ -69,7 +80,8 @@ def _merge_run(folder: Path, *, base: str | None, out: str | Path | None, onto: 
         )
     run = replace(run, recipe=run.recipe.model_copy(update={"export": export}))
     adapted = restore_trained(run)
-    return export_stage(run, adapted, load_datasets(run.recipe, adapted.backbone.processor, run.journal))
+    datasets = load_datasets(run.recipe, adapted.backbone.processor, run.journal, fetch=fetch)
+    return export_stage(run, adapted, datasets)
 
 
 def verify_folder_merge(base: str, adapter: str | Path, merged: str | Path) -> dict[str, Any]:

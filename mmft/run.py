@@ -75,10 +75,12 @@ def train(
         return report
 
 
-def evaluate(path: str | Path, *, quiet: bool = False) -> dict[str, Any]:
-    """Answer a run's evaluation rows again with the models it kept; rewrites predictions and report."""
+def evaluate(path: str | Path, *, fetch: str | Fetch | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Answer a run's evaluation rows again with the models it kept; rewrites predictions and report. `fetch` as in
+    `train`: shards whose rows are not known yet, or that rows of training are looked at of, are brought by it."""
+    bring = find_fetch(fetch)
     run = find_run(path, quiet=quiet)
     adapted = restore_trained(run)
-    datasets = load_datasets(run.recipe, adapted.backbone.processor, run.journal)
+    datasets = load_datasets(run.recipe, adapted.backbone.processor, run.journal, fetch=bring)
     evaluate_stage(run, adapted, datasets)
     return report_stage(run, read_json(run.merge_report))

@@ -247,7 +247,7 @@ class StreamFiles:
             raise ShardError(
                 "the shard lies elsewhere, and nothing is fetched from the network by itself",
                 where=entry.place,
-                allowed="a path beside the list; a URL with `mmft train RECIPE --fetch FILE.py:NAME`",
+                allowed="a path beside the list; a URL with `--fetch FILE.py:NAME` (mmft train, evaluate, merge)",
                 do="name a function of (url, path) that brings the shard into that file",
             )
         largest = max((status.st_size for _, status in self._held()), default=0)

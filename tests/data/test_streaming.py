@@ -23,7 +23,7 @@ from mmft.data.render import Renderer
 from mmft.data.steps import plan_steps
 from mmft.data.stream_order import StreamPlan
 from mmft.data.streaming import Streamed, open_streams
-from mmft.errors import DataError
+from mmft.errors import DataError, RecipeError
 from mmft.journal import Journal
 from mmft.recipe.load import load_recipe
 from mmft.recipe.schema import DataSection, DataSource
@@ -140,6 +140,31 @@ def test_shards_larger_than_the_cache_are_fetched_and_give_the_same_run(tmp_path
     shutil.rmtree(tmp_path / "small")
     mmft.train(path, resume=True, fetch=brought, quiet=True, overrides=["train.max_steps=14"])
     assert adapter_sha(run) == adapter_sha(tmp_path / "all" / "runs" / "tiny")
+
+
+def test_evaluate_and_merge_of_a_run_bring_shards_that_are_no_longer_there(tmp_path, monkeypatch):
+    """Shards without a count of their rows: the empty cache of another machine must be filled again."""
+    monkeypatch.setenv("MMFT_CACHE", str(tmp_path / "one"))
+    listed = [{"url": f"far://bucket/{number}.tar"} for number in range(2)]
+    (tmp_path / "list.json").write_text(json.dumps({"shardlist": listed}))
+    train = [{"path": str(tmp_path / "list.json"), "name": "far", "streaming": True}]
+    changes = {"data.train": train, "data.eval": [{"path": str(rows(2, 1)), "name": "held"}], "train.max_steps": 2}
+    brought = f"{shards()}/fetch.py:bring"
+    mmft.train(recipe(tmp_path, changes), fetch=brought, quiet=True)
+    run = tmp_path / "runs" / "tiny"
+    told = json.loads((run / "report.json").read_text())["sets"]
+    monkeypatch.setenv("MMFT_CACHE", str(tmp_path / "other"))
+    for verb in ("evaluate", "merge"):
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
+        refused = cli(verb, run)
+        assert refused.code == DataError.exit_code and "--fetch FILE.py:NAME" in refused.err
+        done = cli(verb, run, "--fetch", brought, "--json")
+        assert done.code == 0, done.err
+        assert len([*(tmp_path / "other" / "streams").rglob("*.tar")]) == 2
+    assert (run / "merged" / "model.safetensors").is_file()
+    assert json.loads((run / "report.json").read_text())["sets"] == told
+    wrong = cli("merge", run / "adapter", "--out", tmp_path / "out", "--fetch", brought)
+    assert wrong.code == RecipeError.exit_code and "an adapter folder has no rows" in wrong.err
 
 
 def test_two_processes_compute_what_one_does(tmp_path, whole):
