@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs
 
-.PHONY: demo test test-slow test-methods test-faults test-mutants lint bench bench-merge bench-rl bench-start bench-contrastive bench-fusion clean
+.PHONY: demo test test-slow test-methods test-faults test-mutants lint bench bench-merge bench-curve bench-rl bench-start bench-contrastive bench-fusion clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/bin/python:
@@ -48,6 +48,9 @@ test-mutants: $(VENV)/.test  ## one-line breaks of mmft, each of which must make
 
 bench: $(VENV)/.test  ## the fast path against transformers' Trainer, TRL, ms-swift, LLaMA-Factory (BENCH="--workload smolvlm --data four --epochs 3")
 	$(BIN)/python -m tests.bench.bench $(BENCH)
+
+bench-curve: $(VENV)/.test  ## 20 steps of every row of the bench: losses plain, with everything, in float32 (20 minutes)
+	$(BIN)/python -m tests.bench.bench_curve
 
 bench-rl: $(VENV)/.test  ## the recipes that learn from preferences and rewards, whole, three seeds each (about an hour)
 	$(BIN)/python tests/bench/bench_rl.py
