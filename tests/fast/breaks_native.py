@@ -7,7 +7,8 @@ from __future__ import annotations
 
 Entry = tuple[str, str, str, str]
 
-_LINE = "fast/test_native_attention.py::test_values_and_gradients_are_those_of_float64"
+_NATIVE = "fast/test_native_attention.py"
+_LINE = f"{_NATIVE}::test_values_and_gradients_are_those_of_float64"
 _ODD = f"{_LINE}[odd lengths-True]"
 _RESTS = f"{_LINE}[rests of a beginning-True]"
 _CALL = "fast/test_native_attention.py::test_a_call_is_that_of_sdpa"
@@ -27,6 +28,7 @@ NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
         (
             ("cut off, not rounded", "_mm512_srli_epi32(up, 16), lost", "_mm512_srli_epi32(bits, 16), lost", _NORM),
             ("a coefficient of the exponential", "5.0000001201e-1f", "4.98e-1f", _EXP),
+            ("a coefficient of the power", "6.9312418e-1f", "6.8e-1f", _ODD),
             ("the exponential ends too soon", "_mm512_set1_ps(89.f)", "_mm512_set1_ps(8.f)", _EXP),
         ),
     ),
@@ -34,9 +36,28 @@ NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
         "native_kernels",
         "fast/native/attention.h",
         (
-            ("a row sees one key too few", "causal ? seen + i : seen;", "causal && i ? seen + i - 1 : seen;", _ODD),
-            ("scores without their scale", "z->causal, s.wide, z->scale)", "z->causal, s.wide, 1.f)", _ODD),
-            ("what is not seen counts", "e = _mm512_maskz_mov_ps(first(n - at), e);", "", _ODD),
+            ("a row sees one key too few", "causal ? seen + i : seen,", "causal && i ? seen + i - 1 : seen,", _ODD),
+            ("scores without their scale", "z->causal, columns, z->scale)", "z->causal, columns, 1.f)", _ODD),
+            ("what is not seen counts", "x = _mm512_maskz_mov_ps(first(n - at), x);", "", _ODD),
+            ("powers of e as of 2", "scale *= 1.44269504f;", "", _ODD),
+            (
+                "the greatest of every second vector",
+                "x + at + 16 * j));",
+                "x + at + 32 * (j / 2)));",
+                f"{_NATIVE}::test_scores_that_are_far_apart[True]",
+            ),
+            (
+                "a column's tokens are those of the first",
+                "token_at(x, stride, row, t + i)",
+                "token_at(x, stride, row, i)",
+                _ODD,
+            ),
+            (
+                "P that is kept is not over its sum",
+                "_mm512_loadu_ps(scores + i * lds + at), _mm512_set1_ps(share[i])",
+                "_mm512_loadu_ps(scores + i * lds + at), _mm512_set1_ps(1.f)",
+                _ODD,
+            ),
             ("the beginning is not seen", "(t < row[3] ? row[2] + t :", "(t < row[3] ? row[0] + t :", _RESTS),
             ("the last columns are left out", "if (columns - at == 48)", "if (columns - at == 49)", _RESTS),
         ),
@@ -53,6 +74,7 @@ NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
                 "kept + row[4] + h * s.own * s.wide",
                 _ODD,
             ),
+            ("an output is not over its sum", "_mm512_mul_ps(sum, _mm512_set1_ps(share[i]))", "sum", _ODD),
         ),
     ),
     (

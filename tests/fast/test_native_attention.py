@@ -55,6 +55,16 @@ def test_of_every_width_and_grouping(heads, widths):
         assert whole <= WHOLE and worst <= WORST and whole <= 1.1 * other + 1e-4, (ours, theirs)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_scores_that_are_far_apart(causal):
+    """By hundreds: e^score overflows where it is not that of the difference to the greatest, wherever that one is."""
+    query, key, value, _ = a_line(203, widths=(32, 32))
+    truth = alone(query.double(), key.double(), value.double(), [(0, 203, 0, 0)], scale=20.0, causal=causal)
+    found = native_line(query, key, value, [(0, 203, 0, 0)], scale=20.0, causal=causal)
+    whole, worst = errors(found, truth)
+    assert whole <= WHOLE and worst <= WORST
+
+
 @pytest.mark.parametrize("name", ["rests of a beginning", "two beginnings and a row"])
 def test_p_made_again_is_p_kept(name, monkeypatch):
     *inputs, slope = a_line(LINES[name][-1][1], widths=(64, 48))

@@ -4,7 +4,7 @@
 typedef struct {
     uint32_t *keys, *values;
     float *scores, *made;
-    bf16 *tile, *p;
+    bf16 *tile, *e;
 } desk;
 
 /* The arrays of a thread in its room; how many bytes they take. */
@@ -15,7 +15,7 @@ static long lay(desk *on, char *room, const shape *z, long most) {
     on->scores = take(room, &at, TILE * most * 4);
     on->made = take(room, &at, TILE * z->out_width * 4);
     on->tile = take(room, &at, TILE * z->width * 2);
-    on->p = take(room, &at, TILE * most * 2);
+    on->e = take(room, &at, TILE * most * 2);
     return at;
 }
 
@@ -25,22 +25,24 @@ long mmft_attend_room(const shape *z, const int64_t *table) {
     return lay(&on, 0, z, longest(z, table));
 }
 
-/* One head of a row: out = P V, a tile of queries after another; `kept` (or nothing) gets P. */
+/* One head of a row: out = P V = share (e^score V), a tile of queries after another; `kept` (or nothing) gets P. */
 INLINE void attend_head(const shape *z, const int64_t *row, sizes s, const bf16 *q, bf16 *out, bf16 *kept,
                         const desk *on) {
     long wide = z->out_width;
     for (long at = 0; at < s.own; at += TILE) {
-        long n = s.own - at < TILE ? s.own - at : TILE;
-        long seen = z->causal ? s.before + at + n : s.keys;
-        memset(on->p, 0, (size_t)TILE * s.wide * 2);
-        tile_of_p(z, s, q + (row[0] + at) * z->q.token, at, n, on->keys, on->tile, on->scores, on->p);
-        if (kept) memcpy(kept + at * s.wide, on->p, (size_t)n * s.wide * 2);
-        const uint32_t *pairs = (const uint32_t *)on->p;
+        long n = s.own - at < TILE ? s.own - at : TILE, seen = z->causal ? s.before + at + n : s.keys;
+        float share[TILE];
+        const bf16 *queries = q + (row[0] + at) * z->q.token;
+        long columns = soft_tile(z, s, queries, at, n, on->keys, on->tile, on->scores, on->e, share);
+        if (kept) shares(on->scores, s.wide, share, kept + at * s.wide, n, columns);
+        const uint32_t *pairs = (const uint32_t *)on->e;
         product(wide, (seen + 1) / 2, pairs, s.wide / 2, 1, on->values, wide, on->made, wide, 0);
         bf16 *to = out + (row[0] + at) * z->out.token;
         for (long i = 0; i < n; i++)
-            for (long d = 0; d < wide; d += 16)
-                store(to + i * z->out.token + d, _mm512_loadu_ps(on->made + i * wide + d));
+            for (long d = 0; d < wide; d += 16) {
+                __m512 sum = _mm512_loadu_ps(on->made + i * wide + d);
+                store(to + i * z->out.token + d, _mm512_mul_ps(sum, _mm512_set1_ps(share[i])));
+            }
     }
 }
 

@@ -52,11 +52,17 @@ INLINE const bf16 *token_at(const bf16 *x, long stride, const int64_t *row, long
 
 /* Tokens as columns: to[pair of the width][token], zeros behind the last of `keys` up to `wide`. */
 INLINE void across(uint32_t *to, long wide, const bf16 *x, long stride, const int64_t *row, long keys, long width) {
-    for (long t = 0; t < keys; t++) {
-        const bf16 *from = token_at(x, stride, row, t);
-        for (long pair = 0; pair < width / 2; pair++) memcpy(to + pair * wide + t, from + 2 * pair, 4);
-    }
-    for (long pair = 0; pair < width / 2; pair++) memset(to + pair * wide + keys, 0, (wide - keys) * 4);
+    for (long t = 0; t < wide; t += 16)
+        for (long pair = 0; pair < width / 2; pair += 16) {
+            __m512i from[16], column[16];
+            __mmask16 some = first(width / 2 - pair);
+            for (long i = 0; i < 16; i++)
+                from[i] = t + i < keys ? _mm512_maskz_loadu_epi32(some, token_at(x, stride, row, t + i) + 2 * pair)
+                                       : _mm512_setzero_si512();
+            turned(from, column);
+            for (long i = 0; i < 16 && pair + i < width / 2; i++)
+                _mm512_storeu_si512(to + (pair + i) * wide + t, column[i]);
+        }
 }
 
 /* to[i] = the pair (one[i], other[i]); without `other` it is paired with zero. */
@@ -78,27 +84,35 @@ INLINE void along(uint32_t *to, const bf16 *x, long stride, const int64_t *row, 
     }
 }
 
-/* Softmax of rows of scores, of which row i sees `seen + i` keys (without `causal` all of them `seen`): P in bf16,
-   zeros up to `keys`. */
-INLINE void soften(float *scores, long lds, bf16 *p, long ldp, long rows, long seen, long causal, long keys,
+INLINE float greatest(const float *x, long n) {
+    __m512 low = _mm512_set1_ps(-INFINITY), most[4] = {low, low, low, low};
+    long at = 0;
+    for (; at + 64 <= n; at += 64)
+        for (int j = 0; j < 4; j++) most[j] = _mm512_max_ps(most[j], _mm512_loadu_ps(x + at + 16 * j));
+    for (; at < n; at += 16) most[0] = _mm512_max_ps(most[0], _mm512_mask_loadu_ps(low, first(n - at), x + at));
+    return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3])));
+}
+
+/* Rows of scores, of which row i sees `seen + i` keys (without `causal` all of them `seen`), become e^(scale (score -
+   the greatest)) with zeros up to `columns`, in bf16 in `e` too; `share` is 1 over a row's sum. */
+INLINE void soften(float *scores, long lds, bf16 *e, float *share, long rows, long seen, long causal, long columns,
                    float scale) {
-    for (long i = 0; i < rows; i++) {
-        float *line = scores + i * lds;
-        long n = causal ? seen + i : seen;
-        __m512 most = _mm512_set1_ps(-INFINITY), low = most;
-        for (long at = 0; at < n; at += 16)
-            most = _mm512_max_ps(most, _mm512_mask_loadu_ps(low, first(n - at), line + at));
-        __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most) * scale), sum = _mm512_setzero_ps();
-        for (long at = 0; at < n; at += 16) {
-            __m512 e = exponential(_mm512_fmsub_ps(_mm512_loadu_ps(line + at), _mm512_set1_ps(scale), top));
-            e = _mm512_maskz_mov_ps(first(n - at), e);
-            sum = _mm512_add_ps(sum, e);
-            _mm512_storeu_ps(line + at, e);
+    scale *= 1.44269504f;
+    for (long i = 0; i < rows; i++, scores += lds, e += lds) {
+        long n = causal ? seen + i : seen, at = 0;
+        __m512 top = _mm512_set1_ps(greatest(scores, n) * scale), sum = _mm512_setzero_ps();
+        for (; at < n; at += 16) {
+            __m512 x = power(_mm512_fmsub_ps(_mm512_loadu_ps(scores + at), _mm512_set1_ps(scale), top));
+            x = _mm512_maskz_mov_ps(first(n - at), x);
+            sum = _mm512_add_ps(sum, x);
+            _mm512_storeu_ps(scores + at, x);
+            store_factor(e + at, x);
         }
-        __m512 share = _mm512_set1_ps(1.f / _mm512_reduce_add_ps(sum));
-        long at = 0;
-        for (; at < n; at += 16) store(p + i * ldp + at, _mm512_mul_ps(_mm512_loadu_ps(line + at), share));
-        for (; at < keys; at += 16) _mm256_storeu_si256((__m256i *)(p + i * ldp + at), _mm256_setzero_si256());
+        for (; at < columns; at += 16) {
+            _mm512_storeu_ps(scores + at, _mm512_setzero_ps());
+            _mm256_storeu_si256((__m256i *)(e + at), _mm256_setzero_si256());
+        }
+        share[i] = 1.f / _mm512_reduce_add_ps(sum);
     }
 }
 
@@ -129,12 +143,23 @@ INLINE void copy_tile(bf16 *to, const bf16 *x, long token, long rows, long width
     for (long i = 0; i < rows; i++) memcpy(to + i * width, x + i * token, (size_t)width * 2);
 }
 
-/* P of a tile of queries: (TILE, wide) bf16, rows behind the last one zero. */
-INLINE void tile_of_p(const shape *z, sizes s, const bf16 *q, long begin, long rows, const uint32_t *keys, bf16 *tile,
-                      float *scores, bf16 *p) {
+/* A tile of queries: e^score of what they see of the keys, in float32 and in bf16, and 1 over its sums (see `soften`);
+   how many columns that takes. */
+INLINE long soft_tile(const shape *z, sizes s, const bf16 *q, long begin, long rows, const uint32_t *keys, bf16 *tile,
+                      float *scores, bf16 *e, float *share) {
     long seen = z->causal ? s.before + begin + 1 : s.keys;
     long columns = z->causal ? up(seen + rows - 1, 16) : s.wide;
     copy_tile(tile, q, z->q.token, rows, z->width);
     product(columns, z->width / 2, (const uint32_t *)tile, z->width / 2, 1, keys, s.wide, scores, s.wide, 0);
-    soften(scores, s.wide, p, s.wide, rows, seen, z->causal, s.wide, z->scale);
+    soften(scores, s.wide, e, share, rows, seen, z->causal, columns, z->scale);
+    return columns;
+}
+
+/* P of a tile in bf16: what `soften` left in the scores, over its sums. */
+INLINE void shares(const float *scores, long lds, const float *share, bf16 *p, long rows, long columns) {
+    for (long i = 0; i < rows; i++)
+        for (long at = 0; at < columns; at += 16) {
+            __m512 x = _mm512_mul_ps(_mm512_loadu_ps(scores + i * lds + at), _mm512_set1_ps(share[i]));
+            store_factor(p + i * lds + at, x);
+        }
 }

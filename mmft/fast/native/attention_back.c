@@ -43,7 +43,7 @@ INLINE void slope(const float *dp, const bf16 *p, bf16 *ds, long lds, long rows,
         __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
         for (long at = 0; at < columns; at += 16) {
             __m512 d = _mm512_sub_ps(_mm512_loadu_ps(dp + i * lds + at), mean);
-            store(ds + i * lds + at, _mm512_mul_ps(load(p + i * lds + at), d));
+            store_factor(ds + i * lds + at, _mm512_mul_ps(load(p + i * lds + at), d));
         }
     }
 }
@@ -53,10 +53,15 @@ INLINE void tile_back(const shape *z, const int64_t *row, sizes s, const bf16 *q
                       bf16 *dq, long token, long at, long n, long line, const desk *on) {
     long width = z->width, wide = z->out_width, lda = s.wide + 16;
     long seen = z->causal ? s.before + at + n : s.keys, columns = up(seen, 16);
-    memset(on->p, 0, (size_t)TILE * s.wide * 2);
-    memset(on->ds, 0, (size_t)TILE * s.wide * 2);
-    if (kept) memcpy(on->p, kept + at * s.wide, (size_t)n * s.wide * 2);
-    else tile_of_p(z, s, q + (row[0] + at) * z->q.token, at, n, on->keys, on->tile, on->scores, on->p);
+    if (n < TILE) memset(on->p, 0, (size_t)TILE * s.wide * 2), memset(on->ds, 0, (size_t)TILE * s.wide * 2);
+    if (kept) {
+        for (long i = 0; i < n; i++) memcpy(on->p + i * s.wide, kept + (at + i) * s.wide, (size_t)columns * 2);
+    } else {
+        float share[TILE];
+        const bf16 *queries = q + (row[0] + at) * z->q.token;
+        soft_tile(z, s, queries, at, n, on->keys, on->tile, on->scores, on->ds, share);
+        shares(on->scores, s.wide, share, on->p, n, columns);
+    }
     copy_tile(on->tile, given + (row[0] + at) * z->out.token, z->out.token, n, wide);
     const uint32_t *left = (const uint32_t *)on->tile, *steep = (const uint32_t *)on->ds;
     product(columns, wide / 2, left, wide / 2, 1, on->values, s.wide, on->scores, s.wide, 0);

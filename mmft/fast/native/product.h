@@ -15,25 +15,7 @@ INLINE void turn(uint32_t *to, long ldt, const uint32_t *from, long ldf, long co
     __m512i x[16], y[16];
     for (int i = 0; i < 16; i++)
         x[i] = i < columns ? _mm512_maskz_loadu_epi32(first(pairs), from + i * ldf) : _mm512_setzero_si512();
-    for (int i = 0; i < 16; i += 2) {
-        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
-        x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
-        x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
-        x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        __m512i a = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88), b = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
-        __m512i c = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
-        __m512i d = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
-        y[i] = _mm512_shuffle_i32x4(a, c, 0x88);
-        y[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
-        y[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
-        y[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
-    }
+    turned(x, y);
     for (int i = 0; i < 16 && i < pairs; i++) _mm512_storeu_si512(to + i * ldt, y[i]);
 }
 

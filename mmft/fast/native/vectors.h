@@ -20,6 +20,8 @@ INLINE __m256i narrow(__m512 x) {
 }
 INLINE void store(bf16 *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, narrow(x)); }
 INLINE void store_some(bf16 *to, __m512 x, __mmask16 some) { _mm256_mask_storeu_epi16(to, some, narrow(x)); }
+/* The same for what enters products alone, by the processor's instruction: they take a denormal for 0 too. */
+INLINE void store_factor(bf16 *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
 INLINE __m512 rounded(__m512 x) { return widen(narrow(x)); }
 /* 0, n, 2 n, … */
 INLINE __m512i steps(long n) {
@@ -42,4 +44,36 @@ INLINE __m512 exponential(__m512 x) {
     y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.0000001201e-1f));
     y = _mm512_fmadd_ps(y, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.f)));
     return _mm512_scalef_ps(y, n);
+}
+
+/* 2^x within 1 in 300,000, for what becomes bfloat16: a polynomial of x - n, 2^n; 0 where it is too small. */
+INLINE __m512 power(__m512 x) {
+    __m512 n = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, n), y = _mm512_set1_ps(9.5828529e-3f);
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.5906426e-2f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(2.4024099e-1f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(6.9312418e-1f));
+    return _mm512_scalef_ps(_mm512_fmadd_ps(y, r, _mm512_set1_ps(1.f)), n);
+}
+
+/* 16 rows of 16 values of 4 bytes become columns; row i is then y[i]. */
+INLINE void turned(__m512i *x, __m512i *y) {
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+        x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+        x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+        x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        __m512i a = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88), b = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
+        __m512i c = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+        __m512i d = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+        y[i] = _mm512_shuffle_i32x4(a, c, 0x88);
+        y[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        y[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
+        y[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
 }
