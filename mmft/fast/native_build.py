@@ -63,13 +63,8 @@ def library() -> ctypes.CDLL:
         raise NoKernels(reason)
     threads, kept, scratch = _threads(), _own_folder(), None
     try:
-        gcc = shutil.which("gcc") or "gcc"
-        sources = sorted(SOURCES.glob("*.[ch]"))
-        told = hashlib.sha256(" ".join((*FLAGS, _say([gcc, "-v"]))).encode())
-        for source in sources:
-            told.update(source.read_bytes())
         folder = kept or (scratch := Path(tempfile.mkdtemp(prefix="mmft-kernels-")))
-        found = _loaded(gcc, sources, folder / f"{told.hexdigest()[:32]}.so")
+        found = _loaded(folder / f"{digest()}.so")
     except subprocess.CalledProcessError as error:
         lines = [line for line in (error.stderr or "").splitlines() if "error" in line] or [f"exit {error.returncode}"]
         raise NoKernels(f"gcc cannot build them ({lines[0].strip()[:200]})") from None
@@ -85,22 +80,34 @@ def library() -> ctypes.CDLL:
     return found
 
 
-def _loaded(gcc: str, sources: list[Path], path: Path) -> ctypes.CDLL:
+def digest() -> str:
+    """Of sources, flags and compiler: what the bits of the kernels' values depend on."""
+    told = hashlib.sha256(" ".join((*FLAGS, _say([_gcc(), "-v"]))).encode())
+    for source in sorted(SOURCES.glob("*.[ch]")):
+        told.update(source.read_bytes())
+    return told.hexdigest()[:32]
+
+
+def _gcc() -> str:
+    return shutil.which("gcc") or "gcc"
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
     """What lies at `path`, built where nothing does or what does cannot be loaded."""
     if path.exists():
         try:
             return ctypes.CDLL(str(path))
         except OSError:
             path.unlink(missing_ok=True)
-    _compile(gcc, sources, path)
+    _compile(path)
     return ctypes.CDLL(str(path))
 
 
-def _compile(gcc: str, sources: list[Path], path: Path) -> None:
+def _compile(path: Path) -> None:
     """Beside `path`, and renamed when it lies on the disk: processes that build at once end with the same file."""
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         made = Path(name) / "kernels.so"
-        _say([gcc, *FLAGS, "-o", str(made), *(str(one) for one in sources if one.suffix == ".c"), "-lm"])
+        _say([_gcc(), *FLAGS, "-o", str(made), *(str(one) for one in sorted(SOURCES.glob("*.c"))), "-lm"])
         with made.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(made, path)

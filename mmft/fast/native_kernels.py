@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmft.fast import native_build, native_linear, products
+from mmft.fast import native_build, native_linear, native_mlp, products
 from mmft.fast.attention import products_chosen
 from mmft.fast.line_attention import groups_of, line_attention
 from mmft.fast.native_attention import Segment, fits, native_line, native_rows
@@ -148,11 +148,13 @@ def install(setting: Setting, work: Work) -> Work:
         native_build.choose(before)
         raise
 
+    blocks = list(native_mlp.put_in(model))
     layers = list(native_linear.put_in(model))
 
     def take_back() -> None:
         native_build.choose(before)
         native_linear.take_back(layers)
+        native_mlp.take_back(blocks)
         if was:
             model.set_attn_implementation(was)
 

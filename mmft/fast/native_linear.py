@@ -37,6 +37,22 @@ class _Frozen(torch.autograd.Function):
         return torch.mm(gradient, weight) if made is None else made, None, None
 
 
+def is_frozen(module: Any) -> bool:
+    """Whether it is a linear layer of torch's own, in bfloat16, that does not train."""
+    plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter
+    return plain and not any(one.requires_grad or one.dtype != torch.bfloat16 for one in module.parameters())
+
+
+def rows_of(layer: Any, x: Tensor) -> Tensor | None:
+    """x as rows in bfloat16, where the kernel takes them for this layer; None where they are torch's."""
+    cast = torch.is_autocast_enabled("cpu")
+    kind = torch.get_autocast_dtype("cpu") if cast else x.dtype
+    few = x.numel() < LEAST_ROWS * x.shape[-1]
+    if kind != torch.bfloat16 or few or layer.weight.requires_grad or x.dtype not in CAST:
+        return None
+    return x.to(kind).reshape(-1, x.shape[-1])
+
+
 class _FastLinear:
     """Mixed in before `nn.Linear`."""
 
@@ -44,14 +60,11 @@ class _FastLinear:
     bias: Tensor | None
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        cast = torch.is_autocast_enabled("cpu")
-        kind = torch.get_autocast_dtype("cpu") if cast else x.dtype
-        few = x.numel() < LEAST_ROWS * x.shape[-1]
-        if kind != torch.bfloat16 or few or self.weight.requires_grad or x.dtype not in CAST:
+        rows = rows_of(self, x)
+        if rows is None:
             out: Tensor = super().forward(x)  # type: ignore[misc]
             return out
         with torch.autocast("cpu", enabled=False):
-            rows = x.to(kind).reshape(-1, x.shape[-1])
             made: Tensor = _Frozen.apply(rows, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return made.view(*x.shape[:-1], made.shape[-1])
 
@@ -61,9 +74,7 @@ def put_in(model: Any) -> Iterator[Any]:
     loss of its own, and a layer below an adapter is its adapter's."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, module in model.named_modules():
-        plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter
-        plain = plain and module is not head and not name.endswith(".base_layer")
-        if plain and not any(one.requires_grad or one.dtype != torch.bfloat16 for one in module.parameters()):
+        if is_frozen(module) and module is not head and not name.endswith(".base_layer"):
             module.__class__ = swapped(_FastLinear, nn.Linear)
             yield module
 

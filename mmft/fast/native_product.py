@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from mmft.fast.native_build import chosen, pointer
 
 PANEL = 64
 """Columns that are packed at once."""
+Act = Literal["tanh_gelu", "erf_gelu", "quick_gelu", "relu"]
+"""What may follow a sum; the kernel counts them from 1 on."""
 
 
 class _Term(ctypes.Structure):
@@ -37,10 +40,12 @@ def _plain(x: Tensor) -> bool:
     return flat and x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() > 0
 
 
-def product(terms: Sequence[tuple[Tensor, Tensor]], *, across: bool, bias: Tensor | None = None) -> Tensor | None:
+def product(
+    terms: Sequence[tuple[Tensor, Tensor]], *, across: bool, bias: Tensor | None = None, act: Act | None = None
+) -> Tensor | None:
     """Sum of `A B^T` (`across`) or `A B` over terms of (rows, depth) and (columns, depth) or (depth, columns): (rows,
-    columns) bfloat16; None where the kernel was not chosen or a tensor is not its own. Raises ValueError for terms
-    of unlike shapes."""
+    columns) bfloat16, with `act` that of these; None where the kernel was not chosen or a tensor is not its own. Raises
+    ValueError for terms of unlike shapes."""
     kernels = chosen()
     if kernels is None or any(a.shape[1] % 2 or not _plain(a) or not _plain(b) for a, b in terms):
         return None
@@ -60,6 +65,7 @@ def product(terms: Sequence[tuple[Tensor, Tensor]], *, across: bool, bias: Tenso
         *(_Term(address(a), address(b), a.stride(0), b.stride(0), a.shape[1]) for a, b in terms)
     )
     sizes = (ctypes.c_long(one) for one in (rows, columns))
+    follows = ctypes.c_long(1 + get_args(Act).index(act) if act else 0)
     ends = (pointer(room), ctypes.c_long(each), ctypes.c_long(threads))
-    kernels.mmft_product(every, count, ctypes.c_long(across), pointer(bias), pointer(out), *sizes, *ends)
+    kernels.mmft_product(every, count, ctypes.c_long(across), pointer(bias), follows, pointer(out), *sizes, *ends)
     return out

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmft.adapters.build import Adapted
-from mmft.fast.native_build import chosen
+from mmft.fast import native_build
 
 FROZEN = ("vision", "projector")
 """Parts that an image's features depend on."""
@@ -85,7 +85,8 @@ def space_of(model: Any, weights: Sequence[tuple[str, Any]], *, processor: Any =
         "attention": [getattr(sub, "_attn_implementation", None) for sub in subs],
         "processor": _described(processor),
         "precision": [str(model.dtype), autocast],
-        "kernels": [torch.__version__, transformers.__version__, where, torch.get_num_threads(), chosen() is not None],
+        "kernels": [torch.__version__, transformers.__version__, where, torch.get_num_threads()],
+        "own kernels": native_build.digest() if native_build.chosen() is not None else None,
         "processor unit": torch.backends.cpu.get_cpu_capability() if where == "cpu" else torch.cuda.get_device_name(),
     }
     told.update(json.dumps(held, sort_keys=True, default=str).encode())

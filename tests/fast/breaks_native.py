@@ -18,6 +18,9 @@ _EXP = "fast/test_native_rows.py::test_the_exponential_over_its_whole_range"
 
 _PRODUCT = "fast/test_native_product.py"
 _SUM = f"{_PRODUCT}::test_a_layer_and_its_adapters_are_one_sum[(4, 6)-(7, 62, 65)]"
+_ACT = f"{_PRODUCT}::test_an_act_is_torchs_over_all_numbers"
+_ACTS = f"{_PRODUCT}::test_an_act_follows_every_value_of_a_layer[(7, 62, 65)-tanh_gelu]"
+_MLP = "fast/test_native_mlp.py"
 _BACK = f"{_PRODUCT}::test_the_gradient_of_several_layers_is_one_sum[(7, 62, 65)]"
 _FROZEN = f"{_PRODUCT}::test_frozen_layers_forward_and_backward"
 
@@ -26,7 +29,20 @@ NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
         "native_kernels",
         "fast/native/vectors.h",
         (
-            ("cut off, not rounded", "_mm512_srli_epi32(up, 16), lost", "_mm512_srli_epi32(bits, 16), lost", _NORM),
+            (
+                "cut off, not rounded",
+                "bits = (__m256i)_mm512_cvtneps_pbh(x);",
+                "bits = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(x), 16));",
+                _NORM,
+            ),
+            (
+                "two rows of a turned block change places",
+                "y[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);",
+                "y[i + 4] = _mm512_shuffle_i32x4(d, b, 0x88);",
+                _SUM,
+            ),
+            ("denormals are dropped", "__builtin_expect(small, 0) ?", "0 ?", _EXP),
+            ("denormals are cut off", "_mm512_srli_epi32(up, 16));", "_mm512_srli_epi32(bits, 16));", _EXP),
             ("a coefficient of the exponential", "5.0000001201e-1f", "4.98e-1f", _EXP),
             ("a coefficient of the power", "6.9312418e-1f", "6.8e-1f", _ODD),
             ("the exponential ends too soon", "_mm512_set1_ps(89.f)", "_mm512_set1_ps(8.f)", _EXP),
@@ -201,12 +217,6 @@ NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
                 "first(columns - 1 - 16 * j)) : _mm",
                 _SUM,
             ),
-            (
-                "two rows of a turned block change places",
-                "y[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);",
-                "y[i + 4] = _mm512_shuffle_i32x4(d, b, 0x88);",
-                _SUM,
-            ),
             ("a pair holds one row twice", "loadu_epi16(next, one + t->ldb)", "loadu_epi16(next, one)", _BACK),
             (
                 "a panel is packed for the first term alone",
@@ -216,6 +226,113 @@ NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
             ),
             ("the last rows are left out", "(j->rows + TILE - 1) / TILE", "j->rows / TILE", _BACK),
             ("a panel of another column is taken", "if (column != packed)", "if (packed < 0)", _SUM),
+        ),
+    ),
+    (
+        "native_kernels",
+        "fast/native/product.c",
+        (
+            (
+                "an act of all rows but the last",
+                "i < row + TILE && i < j->rows",
+                "i < row + TILE && i + 1 < j->rows",
+                _ACTS,
+            ),
+            ("an act of the first vector", "at < j->columns; at += 16)", "at < j->columns; at += PANEL)", _ACTS),
+            ("nothing follows", "act == NOTHING ? 0 : act_tile", "0", _ACTS),
+        ),
+    ),
+    (
+        "native_kernels",
+        "fast/native/acts.h",
+        (
+            ("a coefficient of GELU's end", "0.446926409f", "0.44f", f"{_ACT}[erf_gelu]"),
+            ("the other side of GELU", "above, one, y)", "above, y, y)", f"{_ACT}[erf_gelu]"),
+            (
+                "GELU overflows",
+                "_mm512_min_ps(_mm512_set1_ps(64.f), _mm512_abs_ps(x))",
+                "_mm512_abs_ps(x)",
+                f"{_ACT}[erf_gelu]",
+            ),
+            (
+                "no cube",
+                "square, _mm512_set1_ps(-2.30220819f * 0.044715f)",
+                "square, _mm512_set1_ps(0.f)",
+                f"{_ACT}[tanh_gelu]",
+            ),
+            ("a power overflows", "_mm512_min_ps(_mm512_set1_ps(129.f), x)", "x", f"{_ACT}[tanh_gelu]"),
+            (
+                "x is not rounded before the sigmoid",
+                "steep = rounded(_mm512_mul_ps(x, _mm512_set1_ps(1.702f)))",
+                "steep = _mm512_mul_ps(x, _mm512_set1_ps(1.702f))",
+                f"{_ACT}[quick_gelu]",
+            ),
+            (
+                "the sigmoid is not rounded",
+                "rounded(_mm512_div_ps(_mm512_set1_ps(1.f), below))",
+                "_mm512_div_ps(_mm512_set1_ps(1.f), below)",
+                f"{_ACT}[quick_gelu]",
+            ),
+            (
+                "NaN is 0",
+                "_mm512_max_ps(_mm512_setzero_ps(), x)",
+                "_mm512_max_ps(x, _mm512_setzero_ps())",
+                f"{_PRODUCT}::test_what_is_no_number_passes_an_act_as_in_torch[relu-nan]",
+            ),
+        ),
+    ),
+    (
+        "native_kernels",
+        "fast/native_mlp.py",
+        (
+            (
+                "a gradient is lost",
+                "None if torch.is_grad_enabled() and x.requires_grad else rows_of",
+                "rows_of",
+                f"{_MLP}::test_where_a_gradient_flows_it_is_the_blocks_own_forward",
+            ),
+            (
+                "a block is not tried",
+                "or not _is_formula(block, first, second, ACTS[act])",
+                "",
+                f"{_MLP}::test_blocks_that_are_something_else_stay",
+            ),
+            (
+                "a block is tried as it is",
+                "block.train(mode)(x)",
+                "block(x)",
+                f"{_MLP}::test_blocks_that_are_something_else_stay",
+            ),
+            (
+                "a hook is not called",
+                "any(_is_watched(one) for one in (block, *children.values()))",
+                "_is_watched(block)",
+                f"{_MLP}::test_blocks_that_are_something_else_stay",
+            ),
+            (
+                "another act is taken for it",
+                "torch.equal(made, value(x))",
+                "torch.allclose(made, value(x), atol=0.1)",
+                f"{_MLP}::test_blocks_that_are_something_else_stay",
+            ),
+            (
+                "a block stays fast",
+                "        block.__class__ = kind\n        del",
+                "        del",
+                f"{_MLP}::test_a_block_is_torchs_within_a_unit_behind_the_act[relu]",
+            ),
+        ),
+    ),
+    (
+        "feature_store",
+        "fast/tower.py",
+        (
+            (
+                "other kernels give the same features",
+                "native_build.digest() if",
+                "True if",
+                "fast/test_feature_store.py::test_other_kernels_are_misses",
+            ),
         ),
     ),
     (

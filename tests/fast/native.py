@@ -91,6 +91,21 @@ def errors(found: Tensor, truth: Tensor) -> tuple[float, float]:
     return float(apart.square().mean().sqrt()) / mean, float(apart.max()) / mean
 
 
+def units(one: Tensor, other: Tensor) -> Tensor:
+    """How many bfloat16 lie between two of them."""
+    places = []
+    for x in (one, other):
+        bits = x.detach().contiguous().view(torch.int16).int()
+        places.append(torch.where(bits < 0, -(bits & 0x7FFF), bits))
+    return (places[0] - places[1]).abs()
+
+
+def every_number() -> Tensor:
+    """All bfloat16 but NaN and infinities."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    return x[torch.isfinite(x)]
+
+
 class Guarded:
     """A library whose pointers end (or with `front` begin) at a page that nobody may touch: the process dies there."""
 

@@ -14,7 +14,7 @@ from mmft.data.formats import load_all
 from mmft.data.order import StepPlan
 from mmft.data.render import Renderer
 from mmft.data.sample import MediaRef
-from mmft.fast import feature_store
+from mmft.fast import feature_store, native_build
 from mmft.fast.feature_store import holds
 from mmft.fast.plan import Setting
 from mmft.fast.slabs import cache_folder
@@ -143,6 +143,18 @@ def test_one_weight_one_setting_one_pixel_are_misses(tmp_path):
     before = work.prepare.misses
     batch_of(work, setting, [0])
     assert work.prepare.misses == before + 1
+
+
+def test_other_kernels_are_misses(tmp_path, monkeypatch):
+    """None, the built ones, and those of a source with another line."""
+    setting = small_setting(tmp_path)
+    spaces = [_space(setting)]
+    monkeypatch.setattr(native_build._Chosen, "library", object())
+    monkeypatch.setattr(native_build, "digest", lambda: "one")
+    spaces += [_space(setting), _space(setting)]
+    monkeypatch.setattr(native_build, "digest", lambda: "another")
+    spaces.append(_space(setting))
+    assert spaces[1] == spaces[2] and len(set(spaces)) == 3
 
 
 def test_a_torn_entry_is_computed_again(tmp_path):

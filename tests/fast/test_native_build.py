@@ -79,6 +79,7 @@ def test_other_sources_or_flags_are_another_library(tmp_path, monkeypatch):
     monkeypatch.setattr(native_build, "SOURCES", sources)
     native_build.library.cache_clear()
     assert works(native_build.library()) and len(kept(tmp_path)) == 2
+    assert f"{native_build.digest()}.so" in kept(tmp_path)
     monkeypatch.setattr(native_build, "FLAGS", (*native_build.FLAGS, "-g0"))
     native_build.library.cache_clear()
     assert works(native_build.library()) and len(kept(tmp_path)) == 3

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmft.fast import native_build, native_linear, native_product
+from mmft.fast import native_build, native_linear, native_mlp, native_product
 from mmft.fast.lora_linear import ACTS, Line, Stack, run_gated, run_lines
 from mmft.fast.native_product import product
-from tests.fast.native import Guarded, kernels, needs_kernels
+from tests.fast.native import Guarded, every_number, kernels, needs_kernels, units
 
 pytestmark = needs_kernels
 ONE_ROUNDING = 2.0**-8
@@ -73,6 +73,61 @@ def test_a_value_depends_on_its_row_and_column_alone(across):
         torch.set_num_threads(before)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """x Phi(x) without a difference of numbers that are alike."""
+    return 0.5 * x * torch.special.erfc(-x / 2**0.5)
+
+
+def tanh_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))
+
+
+@pytest.mark.parametrize("act", native_mlp.ACTS)
+def test_an_act_is_torchs_over_all_numbers(act):
+    """Of every bfloat16 (a product takes a denormal for 0): torch's bits but where the exponential falls to the other
+    side, or where torch takes the difference of two numbers that are alike; a half unit from float64 where the formula
+    rounds once."""
+    x = every_number()
+    x = x[x.abs() >= 2.0**-126]
+    rows, pick = torch.stack((x, torch.zeros_like(x)), 1), torch.tensor([[1.0, 0.0]]).bfloat16()
+    found = product([(rows, pick)], across=True, act=act)
+    assert found is not None
+    found, theirs = found[:, 0], native_mlp.ACTS[act](x)
+    exact = {"erf_gelu": gelu, "tanh_gelu": tanh_gelu}.get(act)
+    if exact is None:
+        apart = units(found, theirs)
+        assert apart.max() <= 1 and apart.ne(0).double().mean() < 1e-3
+        return
+    truth = exact(x.double())
+    unit = 2.0 ** (torch.frexp(truth).exponent.double() - 8)
+    far = ((found.double() - truth).abs() / unit)[truth.abs() > 1e-30]
+    assert far.max() < 0.501 and (found - truth)[truth.abs() <= 1e-30].abs().max() < 1e-30
+    plain = (x.abs() < 1e30) & (x.abs() > 1e-37) & ~((x < -3) & (x > -20))
+    apart = units(found, theirs)[plain]
+    assert apart.max() <= 1 and apart.ne(0).double().mean() < 1e-3
+    assert (found - theirs)[(x < -3) & (x > -20)].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("act", native_mlp.ACTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_an_act_follows_every_value_of_a_layer(shape, act):
+    rows, depth, columns = shape
+    x, weight, bias = drawn((rows, depth), (columns, depth), (columns,))
+    found = product([(x, weight)], across=True, bias=bias, act=act)
+    plain = product([(x, weight)], across=True, bias=bias)
+    assert found is not None and plain is not None
+    wanted = native_mlp.ACTS[act](plain)
+    assert ((found - wanted).abs() <= 2.0**-7 * wanted.abs() + 1e-4).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("act", native_mlp.ACTS)
+def test_what_is_no_number_passes_an_act_as_in_torch(act, bad):
+    x, weight = torch.full((1, 2), bad).bfloat16(), torch.ones(1, 2).bfloat16()
+    found = product([(x, weight)], across=True, act=act)
+    torch.testing.assert_close(found, native_mlp.ACTS[act](x[:, :1]), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("front", [True, False])
 @pytest.mark.parametrize("across", [True, False])
 @pytest.mark.parametrize("shape", [(7, 62, 65), (6, 32, 64), (1, 2, 1)], ids=str)
@@ -82,13 +137,13 @@ def test_nothing_is_read_or_written_beside_the_tensors(monkeypatch, library, sha
     guarded = Guarded(library, front=front)
     terms = [tuple(drawn((rows, deep), (columns, deep) if across else (deep, columns))) for deep in (depth, 4)]
     bias = drawn((columns,))[0] if across else None
-    wanted = product(terms, across=across, bias=bias)
+    wanted = product(terms, across=across, bias=bias, act="relu")
     lent = {id(one): guarded.pointer(one).value for term in terms for one in term}
     monkeypatch.setattr(native_product, "address", lambda x: lent[id(x)])
     monkeypatch.setattr(native_product, "pointer", guarded.pointer)
     before = native_build.choose(guarded)  # type: ignore[arg-type]
     try:
-        found = product(terms, across=across, bias=bias)
+        found = product(terms, across=across, bias=bias, act="relu")
     finally:
         native_build.choose(before)
     assert torch.equal(found, wanted)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from mmft.fast import native_build, native_rows
 from mmft.fast.lora_linear import ACTS
 from mmft.fast.norms import rms_norm
-from tests.fast.native import draw, kernels, needs_kernels
+from tests.fast.native import draw, every_number, kernels, needs_kernels, units
 
 pytestmark = needs_kernels
 SIZES = [(1, 1), (3, 15), (5, 16), (7, 17), (2, 63), (64, 576), (33, 100)]
@@ -22,15 +21,6 @@ def library(monkeypatch):
         yield chosen
 
 
-def units(one: Tensor, other: Tensor) -> Tensor:
-    """How many bfloat16 lie between two of them."""
-    places = []
-    for x in (one, other):
-        bits = x.detach().contiguous().view(torch.int16).int()
-        places.append(torch.where(bits < 0, -(bits & 0x7FFF), bits))
-    return (places[0] - places[1]).abs()
-
-
 def by_torch(run):
     """A call without kernels."""
     before = native_build.choose(None)
@@ -38,12 +28,6 @@ def by_torch(run):
         return run()
     finally:
         native_build.choose(before)
-
-
-def every_number() -> Tensor:
-    """All bfloat16 but NaN and infinities."""
-    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    return x[torch.isfinite(x)]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

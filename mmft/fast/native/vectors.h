@@ -1,4 +1,5 @@
 /* Vectors of 16 floats and bfloat16 in memory, for processors with AVX512-BF16. */
+#pragma once
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
@@ -10,13 +11,17 @@ typedef uint16_t bf16;
 INLINE __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 INLINE __m512 load(const bf16 *from) { return widen(_mm256_loadu_si256((const __m256i *)from)); }
 INLINE __m512 load_some(const bf16 *from, __mmask16 some) { return widen(_mm256_maskz_loadu_epi16(some, from)); }
-/* Rounded to the nearest, ties to even; by integers, because the processor's own instruction drops denormals. */
-INLINE __m256i narrow(__m512 x) {
-    __m512i bits = _mm512_castps_si512(x);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+/* Rounded to the nearest, ties to even, by integers. */
+INLINE __m256i narrow_small(__m512 x) {
+    __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    __mmask16 lost = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), lost, _mm512_set1_epi32(0x7fc0)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+}
+/* The same by the processor's own instruction, which drops denormals; NaN stays NaN. */
+INLINE __m256i narrow(__m512 x) {
+    __mmask16 small = _mm512_fpclass_ps_mask(x, 0x20);
+    __m256i bits = (__m256i)_mm512_cvtneps_pbh(x);
+    return __builtin_expect(small, 0) ? _mm256_mask_mov_epi16(bits, small, narrow_small(x)) : bits;
 }
 INLINE void store(bf16 *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, narrow(x)); }
 INLINE void store_some(bf16 *to, __m512 x, __mmask16 some) { _mm256_mask_storeu_epi16(to, some, narrow(x)); }
