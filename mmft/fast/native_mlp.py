@@ -47,7 +47,7 @@ def _acted(layer: Any, x: Tensor, act: Act) -> Tensor | None:
     return None if made is None else made.view(*x.shape[:-1], made.shape[-1])
 
 
-def put_in(model: nn.Module) -> Iterator[tuple[Any, type]]:
+def put_in(model: Any) -> Iterator[tuple[Any, type]]:
     """Make the model's blocks fast; each, and the class it had, which `take_back` takes."""
     for block in model.modules():
         found = _parts(block)

@@ -77,6 +77,7 @@ def test_a_run_is_no_further_from_float32_than_without(tmp_path, monkeypatch, ki
     calls = counted(monkeypatch)
     work = put_in(setting, work, lora_fused.CANDIDATE, fused_norms.CANDIDATE, native_kernels.CANDIDATE)
     assert model.config.get_text_config()._attn_implementation == native_kernels.NAME
+    assert any(hasattr(one, "mmft_mlp") for one in model.modules()), "the tower's blocks"
     ours = gradients(work, batch, bf16=True)
     assert {"mmft_attend", "mmft_attend_back", "mmft_attend_sum", "mmft_norm", "mmft_norm_back"} <= calls.keys()
     assert {"mmft_gate", "mmft_gate_back"} <= calls.keys()
@@ -84,6 +85,7 @@ def test_a_run_is_no_further_from_float32_than_without(tmp_path, monkeypatch, ki
     assert distance(ours[1], exact[1]) <= 1.3 * distance(plain[1], exact[1])
     assert abs(ours[0] - exact[0]) <= 1.5 * abs(plain[0] - exact[0]) + 1e-3 * exact[0]
     work.release()
+    assert not any(hasattr(one, "mmft_mlp") for one in model.modules())
     assert {name: one._attn_implementation for name, one in configs_of(model).items()} == before
     assert native_build.chosen() is None and gradients(work, batch, bf16=True)[0] == plain[0]
 
