@@ -18,7 +18,7 @@ import mmft
 from mmft.errors import RecipeError
 from mmft.objectives.joint_heads import heads_of
 from tests.objectives.joints import templated_dual, tiny_blip, tiny_blip2, tiny_blip_joint, tiny_masked
-from tests.objectives.pairs import values
+from tests.objectives.pairs import pair_rows, values
 from tests.runs import run_process
 
 HEADS = {"language": ("attention",), "cross_attention": ()}
@@ -97,8 +97,9 @@ def test_a_dual_run_learns_and_resumes_exactly(form, tmp_path):
 
 @pytest.mark.parametrize(("name", "consistency"), [("joint", "duality"), ("dual", "cycle")])
 def test_two_processes_compute_what_one_does(name, consistency, tmp_path):
-    """Negatives, sampled captions and counts too; both processes compose the base, one of them first."""
+    """Negatives, sampled captions, counts and losses by set too; both compose the base, one of them first."""
     changes: dict[str, Any] = {"export.merge": False, "evaluate.models": ["adapter"], "train.save_steps": 0}
+    changes["data.train"] = [{"path": str(pair_rows(16, at)), "name": f"set{at}"} for at in range(2)]
     if name == "dual":
         changes["objective.consistency"] = consistency
     given = {key.replace(".", "__"): value for key, value in changes.items()}
@@ -118,6 +119,7 @@ def test_two_processes_compute_what_one_does(name, consistency, tmp_path):
         losses.append([json.loads(line) for line in lines])
     for one, two in zip(*losses, strict=True):
         shared = [key for key in one if key not in ("samples_per_second", "learning_rate")]
+        assert "eval_loss" in one or {"loss/set0", "terms/set0", "loss/set1", "terms/set1"} <= set(shared)
         assert {key: two[key] for key in shared} == pytest.approx({key: one[key] for key in shared}, rel=1e-4)
 
 

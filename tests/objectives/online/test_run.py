@@ -102,7 +102,8 @@ def test_a_kill_and_a_signal_change_nothing(name, tmp_path):
 @pytest.mark.parametrize("name", ["grpo", "rloo", "ppo"])
 def test_two_processes_sample_and_learn_the_same(name, tmp_path):
     """Up to the rounding of sums over other batches: the answers, their rewards and the losses are those of one."""
-    more = {**LONG, "train.max_steps": 3, "objective.kl_coef": 0.01}
+    sets = [{"path": str(runs.rows(8, at)), "name": f"set{at}"} for at in range(2)]
+    more = {**LONG, "train.max_steps": 3, "objective.kl_coef": 0.01, "data.train": sets}
     mmft.train(written(tmp_path / "one", name, more), quiet=True)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     recipe = written(tmp_path / "two", name, more)
@@ -111,7 +112,9 @@ def test_two_processes_sample_and_learn_the_same(name, tmp_path):
     one, two = (steps_of(tmp_path / which / "runs" / "tiny") for which in ("one", "two"))
     assert len(one) == len(two) == 3
     for left, right in zip(one, two, strict=True):
-        for key in ("reward", "score", "answer_tokens", "equal_groups"):
+        told = {key for key in left if key.startswith(("reward/", "terms/"))}
+        assert len(told) >= 2
+        for key in ("reward", "score", "answer_tokens", "equal_groups", *told):
             assert left[key] == pytest.approx(right[key], abs=1e-6), key
         for key in ("loss", "kl", "entropy", "grad_norm"):
             assert left[key] == pytest.approx(right[key], abs=1e-3, rel=1e-3), key
