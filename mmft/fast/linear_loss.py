@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmft.fast import native_loss
+
 CHUNK_BYTES = 96 << 20
 """Logits, their softmax and their gradient that exist at once."""
 LEAST_ROWS = 16
@@ -32,6 +34,11 @@ class LinearHead:
     scaling: float = 1.0
     scale: float = 1.0
     cap: float | None = None
+
+    @property
+    def bare(self) -> bool:
+        """A weight and nothing else."""
+        return self.bias is None and self.a is None and self.scale == 1.0 and self.cap is None
 
     def raw(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """The linear layer's outputs, `weight` being its own in the type of `hidden`."""
@@ -108,7 +115,7 @@ def _logp(part: Tensor, weight: Tensor, head: LinearHead) -> tuple[Tensor, Tenso
     shape = (len(part), len(weight))
     wide = torch.promote_types(part.dtype, torch.float32)
     out = _Scratch.take("logp", shape, wide, part.device)
-    if head.bias is None and head.a is None and head.scale == 1.0 and head.cap is None:
+    if head.bare:
         raw = torch.mm(part, weight.t(), out=_Scratch.take("raw", shape, part.dtype, part.device))
         shaped = _Scratch.take("shaped", shape, wide, part.device).copy_(raw)
     else:
@@ -120,6 +127,34 @@ def _hits(shaped: Tensor, goals: Tensor) -> Tensor:
     """How many rows' first largest logit is the goal's; only rows that tie with it are looked through."""
     best = shaped.gather(1, goals[:, None])[:, 0] == shaped.amax(-1)
     return (shaped[best].argmax(-1) == goals[best]).sum()
+
+
+def _terms(logp: Tensor, goals: Tensor, smoothing: float) -> Tensor:
+    """Each row's loss."""
+    terms = (smoothing - 1.0) * logp.gather(1, goals[:, None])[:, 0]
+    return terms - smoothing * logp.mean(-1) if smoothing else terms
+
+
+def _to_logits(
+    shaped: Tensor, logp: Tensor, goals: Tensor, head: LinearHead, smoothing: float, dtype: torch.dtype
+) -> Tensor:
+    """The gradient of the linear layer's outputs in `dtype`; `logp` and `shaped` are written over."""
+    slope = logp.exp_()
+    slope.scatter_add_(1, goals[:, None], torch.full_like(slope[:, :1], smoothing - 1.0))
+    if smoothing:
+        slope -= smoothing / slope.shape[1]
+    if head.cap is not None:
+        slope *= 1.0 - (shaped / head.cap).square_()
+    if head.scale != 1.0:
+        slope *= head.scale
+    return _Scratch.take("raw", (len(slope), slope.shape[1]), dtype, slope.device).copy_(slope)
+
+
+def _native_part(part: Tensor, goals: Tensor, weight: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Each row's loss and how many are hits, by the kernel; `into` takes the gradient of `part`."""
+    room = _Scratch.take("raw", (len(part), len(weight)), part.dtype, part.device)
+    terms, hits = native_loss.head_loss(part, weight, goals, room, into)
+    return terms, hits.sum()
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -140,28 +175,20 @@ class _LinearLoss(torch.autograd.Function):
             rows, slope = hidden.to(dtype), torch.empty_like(hidden, dtype=dtype)
             total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
             hits, each = targets.new_zeros(()), []
-            step = max(LEAST_ROWS, CHUNK_BYTES // (10 * len(weight)))
+            native = not smoothing and head.bare and not any(wanted[5:]) and native_loss.fits(rows, weight)
+            step = max(LEAST_ROWS, CHUNK_BYTES // ((4 if native else 10) * len(weight)))
             for part, goals, into in zip(rows.split(step), targets.split(step), slope.split(step), strict=True):
-                shaped, logp = _logp(part, weight, head)
-                hits += _hits(shaped, goals)
-                chosen = logp.gather(1, goals[:, None])
-                terms = (smoothing - 1.0) * chosen[:, 0]
-                if smoothing:
-                    terms -= smoothing * logp.mean(-1)
-                total += terms.sum()
+                if native:
+                    terms, right = _native_part(part, goals, weight, into if wanted[0] else None)
+                else:
+                    shaped, logp = _logp(part, weight, head)
+                    terms, right = _terms(logp, goals, smoothing), _hits(shaped, goals)
+                    if any(wanted):
+                        given = _to_logits(shaped, logp, goals, head, smoothing, dtype)
+                        torch.mm(given, weight, out=into)
+                        sums.add(part, given, into)
+                total, hits = total + terms.sum(), hits + right
                 each.append(terms)
-                if any(wanted):
-                    logits = logp.exp_()
-                    logits.scatter_add_(1, goals[:, None], torch.full_like(chosen, smoothing - 1.0))
-                    if smoothing:
-                        logits -= smoothing / len(weight)
-                    if head.cap is not None:
-                        logits *= 1.0 - (shaped / head.cap).square_()
-                    if head.scale != 1.0:
-                        logits *= head.scale
-                    given = _Scratch.take("raw", (len(part), len(weight)), dtype, part.device).copy_(logits)
-                    torch.mm(given, weight, out=into)
-                    sums.add(part, given, into)
         terms = torch.cat(each)
         ctx.mark_non_differentiable(hits, terms)
         ctx.save_for_backward(slope if wanted[0] else None, *sums.found)

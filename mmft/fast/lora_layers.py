@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from mmft.backbones.quantize import dequantized_weight
-from mmft.fast.lora_linear import ACTS, Act, Line, Stack, run_gated, run_lines
+from mmft.fast.lora_gated import ACTS, Act, run_gated
+from mmft.fast.lora_linear import Line, Stack, run_lines
 from mmft.fast.swap import swapped
 
 Call = tuple[str, Tensor, int]

@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from mmft.fast import native_lines
+from mmft.fast.native_build import chosen
+from mmft.fast.native_lines import Given, Slopes
 from mmft.fast.native_product import product
-from mmft.fast.native_rows import silu_times, silu_times_back
 
 Weight = Callable[[torch.dtype], Tensor]
 
@@ -59,12 +61,12 @@ class Rounded:
         _Steps.known.add(self)
         self.params = tuple(params)
         self.factor = factor
-        self._seen: tuple[Any, ...] = ()
+        self._seen: list[Any] = []
         self._value: Tensor | None = None
 
     def forget(self) -> None:
         """Make it anew at the next call."""
-        self._seen = ()
+        self._seen = []
 
     def again(self) -> None:
         """Make it anew now, where it was asked for before."""
@@ -73,7 +75,9 @@ class Rounded:
 
     def __call__(self, dtype: torch.dtype) -> Tensor:
         """The parameters stacked on dim 0, rounded to `dtype`; not part of any graph."""
-        now = (dtype, _Steps.taken, *((param.data_ptr(), param._version) for param in self.params))
+        now: list[Any] = [dtype, _Steps.taken]
+        for param in self.params:
+            now += (param.data_ptr(), param._version)
         if self._value is None or now != self._seen:
             with torch.no_grad():
                 parts = [(param * self.factor if self.factor != 1.0 else param).to(dtype) for param in self.params]
@@ -100,6 +104,10 @@ class Line:
     def __post_init__(self) -> None:
         self.b_scaled = Rounded((self.b,), self.scaling)
 
+    def bias_in(self, dtype: torch.dtype) -> Tensor | None:
+        """The bias in another type."""
+        return None if self.bias is None else self.bias.to(dtype)
+
 
 class Stack:
     """Lines that read one input, with their A stacked."""
@@ -109,6 +117,35 @@ class Stack:
         self.a = Rounded([line.a for line in lines])
         self.ranks = [line.a.shape[0] for line in lines]
         self.params = [param for line in lines for param in (line.a, line.b)]
+        sizes = [(line.b.shape[0], line.b.shape[1]) for line in lines]
+        self.of_kernels = native_lines.Lines(lines[0].a.shape[1], sizes, [line.scaling for line in lines])
+
+    def native(self, dtype: torch.dtype, *, training: bool) -> Given | None:
+        """What kernels compute with; None where none are chosen, or where something is dropped."""
+        if chosen() is None or dtype != torch.bfloat16 or any(training and line.dropout > 0 for line in self.lines):
+            return None
+        weights = [line.weight(dtype) for line in self.lines]
+        biases = [line.bias_in(dtype) for line in self.lines]
+        return Given(self.a(dtype), weights, biases, [line.b_scaled(dtype) for line in self.lines])
+
+    def kept(self, narrow: Tensor, given: Given) -> Kept:
+        """For backward, where nothing was dropped."""
+        weights = [weight if line.keeps else None for line, weight in zip(self.lines, given.weights, strict=True)]
+        return Kept(narrow, weights, [None] * len(weights), given.a, given.bs)
+
+    def native_again(self, kept: Kept) -> Given | None:
+        """As `native`, from what was kept."""
+        dtype = kept.narrow.dtype
+        if chosen() is None or dtype != torch.bfloat16 or any(mask is not None for mask in kept.masks):
+            return None
+        both = zip(self.lines, kept.weights, strict=True)
+        weights = [line.weight(dtype) if weight is None else weight for line, weight in both]
+        return Given(kept.a, weights, [None] * len(weights), kept.b)
+
+    def in_order(self, slopes: Slopes) -> list[Tensor | None]:
+        """Gradients in the order of `params`, in their types."""
+        parts = zip(self.lines, slopes.da.split(self.ranks), slopes.dbs, strict=True)
+        return [one for line, da, db in parts for one in (da.to(line.a.dtype), db.to(line.b.dtype))]
 
     def forget(self) -> None:
         """See `Rounded.forget`."""
@@ -126,7 +163,7 @@ class Kept:
     weights: Sequence[Tensor | None]
     masks: Sequence[Tensor | None]
     a: Tensor
-    b: list[Tensor]
+    b: Sequence[Tensor]
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What autograd has to save."""
@@ -149,6 +186,10 @@ def _dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
 
 def forward_lines(x: Tensor, stack: Stack, *, training: bool) -> tuple[list[Tensor], Kept]:
     """Outputs of all lines for x (rows, in), and what backward needs."""
+    given = stack.native(x.dtype, training=training)
+    whole = None if given is None else native_lines.forward(stack.of_kernels, x, given)
+    if given is not None and whole is not None:
+        return whole[1], stack.kept(whole[0], given)
     a, outs, weights = stack.a(x.dtype), [], []
     masks: list[Tensor | None] = []
     drops = [training and line.dropout > 0 for line in stack.lines]
@@ -167,7 +208,7 @@ def forward_lines(x: Tensor, stack: Stack, *, training: bool) -> tuple[list[Tens
     b = [line.b_scaled(x.dtype) for line in stack.lines]
     for line, part, wide in zip(stack.lines, narrow.split(stack.ranks, 1), b, strict=True):
         weight = line.weight(x.dtype)
-        bias = None if line.bias is None else line.bias.to(x.dtype)
+        bias = line.bias_in(x.dtype)
         out = product([(x, weight), (part, wide)], across=True, bias=bias)
         outs.append(F.linear(x, weight, bias).addmm_(part, wide.t()) if out is None else out)
         weights.append(weight if line.keeps else None)
@@ -185,10 +226,23 @@ def _summed(terms: Sequence[tuple[Tensor, Tensor]], narrow: tuple[Tensor, Tensor
     return dx if narrow is None else dx.addmm_(*narrow)
 
 
+def _by_kernels(
+    x: Tensor, stack: Stack, kept: Kept, gradients: Sequence[Tensor | None], *, wants_x: bool
+) -> Slopes | None:
+    ahead = [one for one in gradients if one is not None]
+    given = stack.native_again(kept) if len(ahead) == len(gradients) else None
+    if given is None:
+        return None
+    return native_lines.backward(stack.of_kernels, x, kept.narrow, given, ahead, wants_x=wants_x)
+
+
 def backward_lines(
     x: Tensor, stack: Stack, kept: Kept, gradients: Sequence[Tensor | None], *, wants_x: bool = True
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Gradients of x and of every A and B, in the order of `stack.params`, from those of the outputs (rows, out)."""
+    whole = _by_kernels(x, stack, kept, gradients, wants_x=wants_x)
+    if whole is not None:
+        return whole.dx, stack.in_order(whole)
     steep = torch.zeros_like(kept.narrow) if any(g is None for g in gradients) else torch.empty_like(kept.narrow)
     slopes, narrows = steep.split(stack.ranks, 1), kept.narrow.split(stack.ranks, 1)
     terms: list[tuple[Tensor, Tensor]] = []
@@ -250,78 +304,3 @@ def run_lines(x: Tensor, stack: Stack, *, dtype: torch.dtype, training: bool) ->
     """The outputs of all lines for x, computed in `dtype`, with their own backward."""
     outs: tuple[Tensor, ...] = _Lines.apply(x, dtype, stack, training, *stack.params)  # type: ignore[no-untyped-call]
     return outs
-
-
-class _Gated(torch.autograd.Function):
-    """A gated block as a node: `down(act(gate(x)) * up(x))`. Kept: x, gate(x), up(x); the product is made again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, dtype: torch.dtype, stacks: tuple[Stack, Stack], act: Act, training: bool, *params: Tensor
-    ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            rows = x.reshape(-1, x.shape[-1]).to(dtype)
-            (gate, up), first = forward_lines(rows, stacks[0], training=training)
-            (out,), second = forward_lines(act.times(gate, up)[0], stacks[1], training=training)
-        ctx.save_for_backward(rows, gate, up, *first.tensors(), *second.tensors())
-        ctx.first, ctx.second = first.bare(), second.bare()
-        ctx.stacks, ctx.act, ctx.shape, ctx.dtype = stacks, act, x.shape, x.dtype
-        return out.view(*x.shape[:-1], out.shape[-1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        rows, gate, up, *saved = ctx.saved_tensors
-        cut = 1 + 2 * len(ctx.stacks[0].lines)
-        kept = ctx.first.again(saved[:cut]), ctx.second.again(saved[cut:])
-        with torch.autocast(rows.device.type, enabled=False):
-            product, opened = ctx.act.times(gate, up, again=True)
-            given = gradient.reshape(-1, gradient.shape[-1]).to(rows.dtype)
-            to_product, second = backward_lines(product, ctx.stacks[1], kept[1], [given])
-            assert to_product is not None
-            to_gate, to_up = ctx.act.back(gate, up, to_product, opened)
-            dx, first = backward_lines(rows, ctx.stacks[0], kept[0], [to_gate, to_up], wants_x=ctx.needs_input_grad[0])
-        dx = None if dx is None else dx.view(ctx.shape).to(ctx.dtype)
-        return (dx, None, None, None, None, *first, *second)
-
-
-@dataclass(frozen=True)
-class Act:
-    """An elementwise function, and its gradient from that of its value and its argument; `silu`: kernels know it."""
-
-    value: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor, Tensor], Tensor]
-    silu: bool = False
-
-    def times(self, gate: Tensor, up: Tensor, *, again: bool = False) -> tuple[Tensor, Tensor | None]:
-        """`value(gate) * up`, and with `again` the first factor, where it was made."""
-        made = silu_times(gate, up) if self.silu else None
-        if made is not None:
-            return made, None
-        opened = self.value(gate)
-        return (opened * up, opened) if again else (opened.mul_(up), None)
-
-    def back(self, gate: Tensor, up: Tensor, given: Tensor, opened: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Gradients of gate and up from that of `times`, which is written over."""
-        made = silu_times_back(gate, up, given) if opened is None else None
-        if made is not None:
-            return made
-        to_up = (self.value(gate) if opened is None else opened).mul_(given)
-        return self.slope(given.mul_(up), gate), to_up
-
-
-ACTS = (
-    Act(F.silu, lambda given, x: torch.ops.aten.silu_backward(given, x), silu=True),
-    Act(
-        lambda x: F.gelu(x, approximate="tanh"),
-        lambda given, x: torch.ops.aten.gelu_backward(given, x, approximate="tanh"),
-    ),
-    Act(F.gelu, lambda given, x: torch.ops.aten.gelu_backward(given, x)),
-)
-"""What gated blocks use: SiLU, GELU by tanh, GELU."""
-
-
-def run_gated(x: Tensor, first: Stack, second: Stack, act: Act, *, dtype: torch.dtype, training: bool) -> Tensor:
-    """`down(act(gate(x)) * up(x))` of two stacks (gate and up, down), computed in `dtype`, with its own backward."""
-    params = (*first.params, *second.params)
-    out: Tensor = _Gated.apply(x, dtype, (first, second), act, training, *params)  # type: ignore[no-untyped-call]
-    return out

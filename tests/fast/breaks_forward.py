@@ -19,15 +19,15 @@ FORWARD: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
         "head_in_forward",
         "fast/linear_loss.py",
         (
-            ("smoothing is added to the whole loss", "(smoothing - 1.0) * chosen[:, 0]", "-chosen[:, 0]", _HEAD),
-            ("the gradient knows no smoothing", "logits -= smoothing / len(weight)", "pass", _HEAD),
+            ("smoothing is added to the whole loss", "(smoothing - 1.0) * logp.gather", "-logp.gather", _HEAD),
+            ("the gradient knows no smoothing", "slope -= smoothing / slope.shape[1]", "pass", _HEAD),
             (
                 "no slope of the soft cap",
-                "logits *= 1.0 - (shaped / head.cap).square_()",
+                "slope *= 1.0 - (shaped / head.cap).square_()",
                 "pass",
                 _HEAD,
             ),
-            ("the gradient knows no scale", "logits *= head.scale", "pass", _HEAD),
+            ("the gradient knows no scale", "slope *= head.scale", "pass", _HEAD),
             (
                 "capped before it is scaled",
                 "torch.tanh(wide / self.cap) * self.cap",
@@ -91,14 +91,14 @@ FORWARD: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
             ),
             (
                 "a bias is left out",
-                "bias = None if line.bias is None else line.bias.to(x.dtype)",
+                "bias = line.bias_in(x.dtype)",
                 "bias = None",
                 f"{_PEFT}[0.0-qwen2_vl]",
             ),
             (
                 "an optimizer's step is not seen",
-                "now = (dtype, _Steps.taken, *(",
-                "now = (dtype, 0, *(",
+                "= [dtype, _Steps.taken]",
+                "= [dtype, 0]",
                 "fast/test_lora.py::test_masters_are_rounded_once_a_step_and_an_update_is_seen",
             ),
             (
@@ -120,18 +120,24 @@ FORWARD: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
                 "kept.a[at : at + rank]), None, 0.0)",
                 f"{_PEFT}[0.3-llava]",
             ),
-            ("up's gradient goes to gate", "[to_gate, to_up]", "[to_up, to_gate]", _BLOCK),
-            (
-                "the slope of SiLU is that of GELU",
-                "torch.ops.aten.silu_backward(given, x)",
-                "torch.ops.aten.gelu_backward(given, x)",
-                _BLOCK,
-            ),
             (
                 "the product is not kept in the type that is computed in",
                 "rows = x.reshape(-1, x.shape[-1]).to(dtype)\n            outs",
                 "rows = x.reshape(-1, x.shape[-1])\n            outs",
                 "fast/test_lora.py::test_all_is_computed_in_the_type_of_the_forward",
+            ),
+        ),
+    ),
+    (
+        "lora_fused",
+        "fast/lora_gated.py",
+        (
+            ("up's gradient goes to gate", "kept[0], slopes, wants_x", "kept[0], slopes[::-1], wants_x", _BLOCK),
+            (
+                "the slope of SiLU is that of GELU",
+                "torch.ops.aten.silu_backward(given, x)",
+                "torch.ops.aten.gelu_backward(given, x)",
+                _BLOCK,
             ),
         ),
     ),

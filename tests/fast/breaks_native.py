@@ -22,6 +22,13 @@ _ACT = f"{_PRODUCT}::test_an_act_is_torchs_over_all_numbers"
 _ACTS = f"{_PRODUCT}::test_an_act_follows_every_value_of_a_layer[(7, 62, 65)-tanh_gelu]"
 _MLP = "fast/test_native_mlp.py"
 _BACK = f"{_PRODUCT}::test_the_gradient_of_several_layers_is_one_sum[(7, 62, 65)]"
+_LINES = "fast/test_native_lines.py"
+_SAME = f"{_LINES}::test_outputs_and_dx_are_the_product_kernels[three-45]"
+_BLOCK = f"{_LINES}::test_a_gated_block_is_its_layers_one_after_the_other[45]"
+_ADAPTERS = f"{_LINES}::test_gradients_of_adapters_are_those_of_float64[three-45]"
+_LOSS = "fast/test_native_loss.py"
+_HEAD = f"{_LOSS}::test_losses_hits_and_slopes_are_those_of_float64[(13, 64, 2100)]"
+_TAKES = f"{_LOSS}::test_the_loss_of_a_bare_head_takes_it"
 _FROZEN = f"{_PRODUCT}::test_frozen_layers_forward_and_backward"
 
 NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
@@ -142,15 +149,21 @@ NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
                 "/ width)",
                 "fast/test_native_rows.py::test_a_norms_node_takes_the_kernel_and_feels_eps",
             ),
+        ),
+    ),
+    (
+        "native_kernels",
+        "fast/native/gate.h",
+        (
             (
                 "the gate is not rounded",
-                "opened = rounded(_mm512_mul_ps(g, sigmoid(g)))",
-                "opened = _mm512_mul_ps(g, sigmoid(g))",
+                "return _mm512_mul_ps(rounded(_mm512_mul_ps(gate, sigmoid(gate))), up);",
+                "return _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid(gate)), up);",
                 _GATE,
             ),
             (
                 "the gate's slope is the sigmoid",
-                "_mm512_mul_ps(s, _mm512_fmadd_ps(g, _mm512_sub_ps(one, s), one))",
+                "_mm512_mul_ps(s, _mm512_fmadd_ps(gate, _mm512_sub_ps(one, s), one))",
                 "s",
                 _GATE,
             ),
@@ -217,7 +230,7 @@ NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
                 "first(columns - 1 - 16 * j)) : _mm",
                 _SUM,
             ),
-            ("a pair holds one row twice", "loadu_epi16(next, one + t->ldb)", "loadu_epi16(next, one)", _BACK),
+            ("a pair holds one row twice", "some : 0, from + t->ldb)", "some : 0, from)", _BACK),
             (
                 "a panel is packed for the first term alone",
                 "t < j->terms + j->count; to +=",
@@ -367,19 +380,102 @@ NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
     ),
     (
         "native_kernels",
+        "fast/native/lines.c",
+        (
+            ("every line reads the first one's narrow columns", "{s->narrow + at, l->b,", "{s->narrow, l->b,", _SAME),
+            ("the gradient through A is left out", "{terms, s->count + 1, 0,", "{terms, s->count, 0,", _SAME),
+            ("B's gradient without its scaling", "l->db, l->scale, l->rank}", "l->db, 1.f, l->rank}", _ADAPTERS),
+            ("an odd last row is left out", "row < s->rows ? s->steep", "row < s->rows - 1 ? s->steep", _ADAPTERS),
+            (
+                "A's gradient from x A^T",
+                "term one = {s->turned, s->x,",
+                "term one = {s->turned + at * even, s->x,",
+                _ADAPTERS,
+            ),
+            ("the product that is made again is not kept", "store_some(g->product + here, product, some);", "", _BLOCK),
+            ("the gate opens without up", "gated(gate, up), some", "gated(gate, gate), some", _BLOCK),
+            (
+                "threads do not wait for the narrow product",
+                "to_narrow(two, p);\n#pragma omp barrier",
+                "to_outs(two, p, 0);\n#pragma omp barrier",
+                _BLOCK,
+            ),
+        ),
+    ),
+    (
+        "native_kernels",
+        "fast/native/product.h",
+        (
+            (
+                "float32 without its factor",
+                "_mm512_mul_ps(sum[i][at], _mm512_set1_ps(j->scale))",
+                "sum[i][at]",
+                _ADAPTERS,
+            ),
+        ),
+    ),
+    (
+        "native_kernels",
+        "fast/native_lines.py",
+        (
+            ("a bias is not given", "address(weight), _at(bias), address(b)", "address(weight), 0, address(b)", _SAME),
+            (
+                "gate and up of unlike sizes",
+                "== [second.width] * 2",
+                "!= []",
+                f"{_LINES}::test_what_is_not_its_own_is_left_to_torch",
+            ),
+        ),
+    ),
+    (
+        "native_kernels",
+        "fast/native/loss.c",
+        (
+            ("the goal's logit pulls nothing", "p, _mm512_set1_ps(1.f));", "p, _mm512_setzero_ps());", _HEAD),
+            ("the last block takes the place of the others", "sums, 1.f, 1, at > 0}", "sums, 1.f, 1, 0}", _HEAD),
+            (
+                "words behind the last count",
+                "sum = _mm512_mask_add_ps(sum, some, sum, e)",
+                "sum = _mm512_add_ps(sum, e)",
+                _HEAD,
+            ),
+            (
+                "any of equal logits is the answer",
+                "*hit = there == top && before == goal;",
+                "*hit = there == top;",
+                f"{_LOSS}::test_the_first_of_equal_logits_is_the_answer",
+            ),
+        ),
+    ),
+    (
+        "native_kernels",
+        "fast/linear_loss.py",
+        (
+            ("a cap is left out", " and self.scale == 1.0 and self.cap is None", " and self.scale == 1.0", _TAKES),
+            ("smoothing is left out", "native = not smoothing and head.bare", "native = head.bare", _TAKES),
+            (
+                "a head that trains gets no gradient",
+                " and not any(wanted[5:]) and native_loss",
+                " and native_loss",
+                _TAKES,
+            ),
+        ),
+    ),
+    (
+        "native_kernels",
         "fast/lora_linear.py",
         (
             (
                 "the adapter's own product is left out",
                 "product([(x, weight), (part, wide)], across=True, bias=bias)",
                 "product([(x, weight)], across=True, bias=bias)",
-                f"{_PRODUCT}::test_adapters_in_bfloat16_are_as_near_to_float32_as_torchs[False]",
+                f"{_PRODUCT}::test_adapters_in_bfloat16_are_as_near_to_float32_as_torchs[eight lines]",
             ),
             (
                 "the gradient through the adapters is left out",
                 "[*terms, narrow] if narrow is not None else terms",
                 "terms",
-                f"{_PRODUCT}::test_adapters_in_bfloat16_are_as_near_to_float32_as_torchs[True]",
+                f"{_PRODUCT}::test_adapters_in_bfloat16_are_as_near_to_float32_as_torchs[eight lines]",
             ),
         ),
     ),

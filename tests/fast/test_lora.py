@@ -10,8 +10,9 @@ from torch import nn
 
 from mmft.fast import lora_fused
 from mmft.fast.lora_fused import CANDIDATE, ONCE, chosen, holds, once_holds
+from mmft.fast.lora_gated import ACTS, run_gated
 from mmft.fast.lora_layers import lora_layers_of, shared_inputs, why_not
-from mmft.fast.lora_linear import ACTS, Line, Stack, run_gated, run_lines
+from mmft.fast.lora_linear import Line, Stack, run_lines
 from mmft.recipe.schema import AdapterSection
 from tests.fast.helpers import WIDE, batches, distance, gradients, names_and_values, put_in, workplace
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmft.fast import native_build, native_linear, native_mlp, native_product
-from mmft.fast.lora_linear import ACTS, Line, Stack, run_gated, run_lines
+from mmft.fast.lora_gated import ACTS, run_gated
+from mmft.fast.lora_linear import Line, Stack, run_lines
 from mmft.fast.native_product import product
 from tests.fast.native import Guarded, every_number, kernels, needs_kernels, units
 
@@ -202,10 +203,11 @@ def gradients(stacks, run, x, slopes, dtype):
     return [*(out.detach() for out in outs), *torch.autograd.grad(total, [x, *params])]
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_adapters_in_bfloat16_are_as_near_to_float32_as_torchs(library, gated):
-    """The whole chain, forward and every gradient, by kernels and by torch: the kernels round less often."""
-    if gated:
+@pytest.mark.parametrize("what", ["lines", "eight lines", "a gated block"])
+def test_adapters_in_bfloat16_are_as_near_to_float32_as_torchs(library, what):
+    """The whole chain, forward and every gradient, by kernels and by torch: the kernels round less often. Eight lines
+    are more than one call takes, and go product by product."""
+    if what == "a gated block":
         first = Stack([line_of(48, 80, 4, 0), line_of(48, 80, 6, 1)])
         second = Stack([line_of(80, 48, 2, 2)])
         stacks = [first, second]
@@ -214,8 +216,9 @@ def test_adapters_in_bfloat16_are_as_near_to_float32_as_torchs(library, gated):
         def run(x, dtype):
             return [run_gated(x, first, second, ACTS[0], dtype=dtype, training=True)]
     else:
-        stacks = [Stack([line_of(48, 80, 4, 0), line_of(48, 30, 6, 1), line_of(48, 16, 2, 2)])]
-        slopes = drawn((21, 80), (21, 30), (21, 16), seed=9)
+        sizes = [(80, 4), (30, 6), (16, 2)] if what == "lines" else [(16 + 2 * number, 4) for number in range(8)]
+        stacks = [Stack([line_of(48, *size, number) for number, size in enumerate(sizes)])]
+        slopes = drawn(*((21, out) for out, _ in sizes), seed=9)
 
         def run(x, dtype):
             return run_lines(x, stacks[0], dtype=dtype, training=True)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mmft.fast import native_build, native_rows
-from mmft.fast.lora_linear import ACTS
+from mmft.fast.lora_gated import ACTS
 from mmft.fast.norms import rms_norm
 from tests.fast.native import draw, every_number, kernels, needs_kernels, units
 

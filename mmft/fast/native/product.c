@@ -24,7 +24,8 @@ void mmft_product(const term *terms, long count, long across, const bf16 *bias, 
                   long columns, uint32_t *room, long each, long threads) {
     job all = {terms, count, across, rows, columns, columns, bias, out};
     following after = {&all, act};
+    beside with = {0, act_tile, &after};
 #pragma omp parallel num_threads(threads)
     share(&all, room + omp_get_thread_num() * each, omp_get_thread_num(), omp_get_num_threads(),
-          act == NOTHING ? 0 : act_tile, &after);
+          act == NOTHING ? 0 : &with);
 }

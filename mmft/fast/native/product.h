@@ -19,22 +19,33 @@ INLINE void turn(uint32_t *to, long ldt, const uint32_t *from, long ldf, long co
     for (int i = 0; i < 16 && i < pairs; i++) _mm512_storeu_si512(to + i * ldt, y[i]);
 }
 
-/* Columns from `at` on of a term's B, as pairs along the sum; zeros behind the last column. */
-INLINE void pack(uint32_t *to, const term *t, long at, long columns, int across) {
+enum { AHEAD = 32 };
+/* Columns from `at` on of a term's B, as pairs along the sum; zeros behind the last column. What comes AHEAD rows later
+   is asked for meanwhile: it lies in other pages, where the processor does not look ahead by itself. */
+static void pack(uint32_t *to, const term *t, long at, long columns, int across) {
     long wide = columns < PANEL ? columns : PANEL;
-    for (long j = 0; j < PANEL; j += 16)
-        for (long k = 0; k < t->depth; k += across ? 32 : 2)
-            if (across) {
+    if (across) {
+        for (long j = 0; j < PANEL; j += 16)
+            for (long k = 0; k < t->depth; k += 32) {
                 const uint32_t *from = (const uint32_t *)(t->b + (at + j) * t->ldb + k);
                 turn(to + k / 2 * PANEL + j, PANEL, from, t->ldb / 2, wide - j, (t->depth - k + 1) / 2);
-            } else {
-                __mmask16 some = wide > j ? first(wide - j) : 0;
-                const bf16 *one = t->b + k * t->ldb + at + j;
-                __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, one));
-                __mmask16 next = k + 1 < t->depth ? some : 0;
-                __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(next, one + t->ldb));
-                _mm512_storeu_si512(to + k / 2 * PANEL + j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
             }
+        return;
+    }
+    __m512i count = _mm512_mullo_epi32(steps(1), _mm512_set1_epi32(0x10001)); /* 0, 0, 1, 1, … */
+    __m512i low = _mm512_or_si512(count, _mm512_set1_epi32(0x200000));        /* 0, 32, 1, 33, … */
+    __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (long k = 0; k < t->depth; k += 2, to += PANEL)
+        for (long j = 0; j < PANEL; j += 32) {
+            __mmask32 some = wide - j >= 32 ? 0xffffffff : wide > j ? (1u << (wide - j)) - 1 : 0;
+            const bf16 *from = t->b + k * t->ldb + at + j;
+            _mm_prefetch((const char *)(from + AHEAD * t->ldb), _MM_HINT_T0);
+            _mm_prefetch((const char *)(from + (AHEAD + 1) * t->ldb), _MM_HINT_T0);
+            __m512i one = _mm512_maskz_loadu_epi16(some, from);
+            __m512i next = _mm512_maskz_loadu_epi16(k + 1 < t->depth ? some : 0, from + t->ldb);
+            _mm512_storeu_si512(to + j, _mm512_permutex2var_epi16(one, low, next));
+            _mm512_storeu_si512(to + j + 16, _mm512_permutex2var_epi16(one, high, next));
+        }
 }
 
 /* Sums of a tile: TILE rows (the last one again where there are fewer) and 16 * wide columns. */
@@ -65,7 +76,7 @@ typedef struct {
     const bf16 *bias;
     bf16 *out;
     float *wider, scale;
-    int64_t step;
+    int64_t step, add; /* `add`: onto what is in `wider` */
 } job;
 
 /* A tile of it. */
@@ -78,6 +89,7 @@ INLINE void tile(const int wide, const job *j, const uint32_t *panel, long row, 
             __mmask16 some = first(columns - 16 * at);
             __m512 value = _mm512_mul_ps(sum[i][at], _mm512_set1_ps(j->scale));
             float *to = j->wider + (row + i) * j->ldo + (column + 16 * at) * j->step;
+            if (j->add) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(some, to));
             if (!j->wider) store_some(j->out + (row + i) * j->ldo + column + 16 * at, sum[i][at], some);
             else if (j->step == 1) _mm512_mask_storeu_ps(to, some, value);
             else _mm512_mask_i32scatter_ps(to, some, steps(j->step), value, 4);
@@ -87,11 +99,25 @@ INLINE void tile(const int wide, const job *j, const uint32_t *panel, long row, 
 INLINE long tiles_of(const job *j) { return (j->rows + TILE - 1) / TILE; }
 INLINE long panels_of(const job *j) { return (j->columns + PANEL - 1) / PANEL; }
 
-/* Those of its tiles that are thread `here`'s of `all`; `then(more, row, column)` follows each. */
-static void share(const job *j, uint32_t *panel, long here, long all, void (*then)(const void *, long, long),
-                  const void *more) {
-    long tiles = tiles_of(j), panels = panels_of(j), packed = -1;
-    for (long at = panels * tiles * here / all; at < panels * tiles * (here + 1) / all; at++) {
+/* Brings part `part` of `parts` of the B of columns from `column` on nearer, while others are computed with. */
+static void fetch(const job *j, long column, long part, long parts) {
+    long wide = j->columns - column < PANEL ? j->columns - column : PANEL;
+    for (const term *t = j->terms; t < j->terms + j->count; t++) {
+        long lines = j->across ? wide : t->depth, bytes = 2 * (j->across ? t->depth : wide);
+        const char *from = (const char *)(t->b + (j->across ? column * t->ldb : column));
+        for (long i = lines * part / parts; i < lines * (part + 1) / parts; i++)
+            for (long at = 0; at < bytes; at += 64) _mm_prefetch(from + 2 * i * t->ldb + at, _MM_HINT_T1);
+    }
+}
+
+/* What goes on beside a product: `before` (or nothing) and `after` each tile (its first row and column). */
+typedef void step_beside(const void *more, long row, long column);
+typedef struct { step_beside *before, *after; const void *more; } beside;
+
+/* Those of its tiles that are thread `here`'s of `all`. */
+static void share(const job *j, uint32_t *panel, long here, long all, const beside *with) {
+    long tiles = tiles_of(j), panels = panels_of(j), packed = -1, end = panels * tiles * (here + 1) / all;
+    for (long at = panels * tiles * here / all; at < end; at++) {
         long column = at / tiles * PANEL, row = at % tiles * TILE, left = j->columns - column;
         if (column != packed) {
             uint32_t *to = panel;
@@ -99,10 +125,12 @@ static void share(const job *j, uint32_t *panel, long here, long all, void (*the
                 pack(to, t, column, left, j->across);
             packed = column;
         }
+        if (left > PANEL && at - at % tiles + tiles < end) fetch(j, column + PANEL, at % tiles, tiles);
+        if (with && with->before) with->before(with->more, row, column);
         if (left > 48) tile(4, j, panel, row, column);
         else if (left > 32) tile(3, j, panel, row, column);
         else if (left > 16) tile(2, j, panel, row, column);
         else tile(1, j, panel, row, column);
-        if (then) then(more, row, column);
+        if (with) with->after(with->more, row, column);
     }
 }

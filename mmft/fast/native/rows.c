@@ -1,5 +1,5 @@
 /* RMS norm and the gated product, a pass each; rounded where transformers' and torch's formulas round. */
-#include "vectors.h"
+#include "gate.h"
 
 /* y = round(w * round(x * r)), r = 1 / sqrt(mean(x^2) + eps), for `count` rows of `width`. */
 void mmft_norm(const bf16 *x, const bf16 *w, bf16 *y, float *rate, long count, long width, float eps, int threads) {
@@ -43,11 +43,6 @@ void mmft_norm_back(const bf16 *given, const bf16 *x, const bf16 *w, const float
     }
 }
 
-INLINE __m512 sigmoid(__m512 x) {
-    __m512 one = _mm512_set1_ps(1.f);
-    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-}
-
 /* out = round(round(silu(gate)) * up). */
 void mmft_gate(const bf16 *gate, const bf16 *up, bf16 *out, long count, int threads) {
     long blocks = (count + 15) / 16;
@@ -55,13 +50,11 @@ void mmft_gate(const bf16 *gate, const bf16 *up, bf16 *out, long count, int thre
     for (long block = 0; block < blocks; block++) {
         long at = block * 16;
         __mmask16 some = first(count - at);
-        __m512 g = load_some(gate + at, some);
-        __m512 opened = rounded(_mm512_mul_ps(g, sigmoid(g)));
-        store_some(out + at, _mm512_mul_ps(opened, load_some(up + at, some)), some);
+        store_some(out + at, gated(load_some(gate + at, some), load_some(up + at, some)), some);
     }
 }
 
-/* to_up = round(silu(gate)) * given; to_gate = round(given * up) * s (1 + gate (1 - s)), s the sigmoid of gate. */
+/* The gradients of gate and up; `to_up` may be `given`. */
 void mmft_gate_back(const bf16 *gate, const bf16 *up, const bf16 *given, bf16 *to_gate, bf16 *to_up, long count,
                     int threads) {
     long blocks = (count + 15) / 16;
@@ -69,11 +62,9 @@ void mmft_gate_back(const bf16 *gate, const bf16 *up, const bf16 *given, bf16 *t
     for (long block = 0; block < blocks; block++) {
         long at = block * 16;
         __mmask16 some = first(count - at);
-        __m512 g = load_some(gate + at, some), dy = load_some(given + at, some), s = sigmoid(g);
-        __m512 one = _mm512_set1_ps(1.f);
-        __m512 slope = _mm512_mul_ps(s, _mm512_fmadd_ps(g, _mm512_sub_ps(one, s), one));
-        __m512 inner = rounded(_mm512_mul_ps(dy, load_some(up + at, some)));
-        store_some(to_gate + at, _mm512_mul_ps(inner, slope), some);
-        store_some(to_up + at, _mm512_mul_ps(rounded(_mm512_mul_ps(g, s)), dy), some);
+        __m512 left, right, one = load_some(gate + at, some), other = load_some(up + at, some);
+        gated_back(one, other, load_some(given + at, some), &left, &right);
+        store_some(to_gate + at, left, some);
+        store_some(to_up + at, right, some);
     }
 }
