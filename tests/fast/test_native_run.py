@@ -80,7 +80,7 @@ def test_a_run_is_no_further_from_float32_than_without(tmp_path, monkeypatch, ki
     assert any(hasattr(one, "mmft_mlp") for one in model.modules()), "the tower's blocks"
     ours = gradients(work, batch, bf16=True)
     assert {"mmft_attend", "mmft_attend_back", "mmft_attend_sum", "mmft_norm", "mmft_norm_back"} <= calls.keys()
-    assert {"mmft_gate", "mmft_gate_back"} <= calls.keys()
+    assert {"mmft_lines", "mmft_lines_back", "mmft_gated", "mmft_gated_back"} <= calls.keys()
     # Over eight draws of the weights the mean of this ratio is 0.97; one draw alone goes by chance up to 1.25.
     assert distance(ours[1], exact[1]) <= 1.3 * distance(plain[1], exact[1])
     assert abs(ours[0] - exact[0]) <= 1.5 * abs(plain[0] - exact[0]) + 1e-3 * exact[0]
@@ -156,7 +156,13 @@ def test_a_run_calls_the_kernels_and_again_gives_the_same_bytes(tmp_path, monkey
     monkeypatch.setattr(packed_attention, "native_line", lambda *rows, **how: lines.append(1) or before(*rows, **how))
     mmft.train(write_recipe(tmp_path, RUN), quiet=True)
     run = tmp_path / "runs" / "tiny"
-    assert lines and calls["mmft_attend_back"] and calls["mmft_gate_back"] and calls["mmft_norm_back"]
+    assert (
+        lines
+        and calls["mmft_attend_back"]
+        and calls["mmft_gated_back"]
+        and calls["mmft_loss"]
+        and calls["mmft_norm_back"]
+    )
     assert adapter_sha(run) == adapter_sha(whole) and losses(run) == losses(whole)
 
 
