@@ -219,12 +219,12 @@ def _probed_lines(values: dict[str, Any]) -> list[str]:
 def fast_text(values: dict[str, Any]) -> str:
     """The plan, and how far each path is from the reference."""
     lines = grid(["fast path", "", "reason", "saves"], values["plan"])
-    columns = ["path", "loss differs by", "gradients by", "allowed", "", "s/step", "times plain"]
+    columns = ["path", "loss differs by", "allowed", "gradients by", "allowed", "", "s/step", "times plain"]
     for precision, paths in values["precisions"].items():
         rows = [
             [
                 name,
-                *(f"{one[key]:.1e}" for key in ("loss", "gradients", "allowed")),
+                *(f"{one[key]:.1e}" for key in ("loss", "allowed_loss", "gradients", "allowed")),
                 "ok" if one["ok"] else "NOT EQUAL",
                 f"{one['seconds']:.3f}",
                 f"{one['speedup']:.2f}",

@@ -21,7 +21,33 @@ _ONCE = f"{_OTHERS}::test_a_picture_is_encoded_once_for_all_forwards_and_then_ne
 _KEPT = "fast/test_kept_tower.py"
 _MISSES = "fast/test_feature_store.py::test_one_weight_one_setting_one_pixel_are_misses"
 
+_REPLAY = "fast/test_replay.py"
+
 ROWS: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
+    (
+        "verify_fast",
+        "replay.py",
+        (
+            (
+                "chance is given a tenth more a step, however many",
+                "math.exp(DEVIATIONS * SPREAD / math.sqrt(steps))",
+                "1.1**steps",
+                f"{_REPLAY}::test_what_chance_is_given",
+            ),
+            (
+                "the reference keeps what 16 bits cut off the weights",
+                "value.data = value.data.to(stored).to(value.dtype)",
+                "pass",
+                f"{_REPLAY}::test_a_small_break_in_16_bits_is_told[nothing]",
+            ),
+            (
+                "the gradients are not looked at",
+                'return {\n        "loss": apart.loss,',
+                'apart = _Apart(apart.loss, 0.0)\n    return {\n        "loss": apart.loss,',
+                f"{_REPLAY}::test_a_small_break_in_16_bits_is_told[a 64th too much]",
+            ),
+        ),
+    ),
     (
         "kernel_caches",
         "fast/kernel_caches.py",
