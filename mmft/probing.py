@@ -8,6 +8,8 @@ of that with the optimizer's moments, which a run holds beside it. Price: loadin
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from mmft.fast.plan import Setting, Work
 from mmft.journal import Journal
 from mmft.kinds import kind_of
 from mmft.kinds.base import Datasets
+from mmft.objectives.online.base import OnlineObjective
+from mmft.objectives.online.rollout import Attempt, Judge, Judged
 from mmft.recipe.schema import Recipe
 from mmft.stages import calibration, load_datasets
 
@@ -87,6 +91,8 @@ def _probed(
     if recipe.objective.name == "sft":
         planned = plan_memory(job, fast=fast, budget=budget, world=1, device=device)
     batch = largest_batch(job)
+    if isinstance(job.objective, OnlineObjective):
+        job.objective.judge = _Unlike(job.objective.judge)
     layers = recomputable(job.adapted) if recipe.train.gradient_checkpointing or budget is not None else []
     count = len(layers) if planned is None else planned.recomputed
     if planned is None:
@@ -112,6 +118,17 @@ def _probed(
         "rows": list(batch.ids),
         "recomputed": count,
     }
+
+
+class _Unlike:
+    """A judge whose answers are all worth something else: a probe must learn from every group, as a run may."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge, self.names = judge, judge.names
+
+    def __call__(self, attempts: Sequence[Attempt]) -> Judged:
+        judged = self.judge(attempts)
+        return replace(judged, total=torch.arange(len(attempts)).to(judged.total))
 
 
 def _of_answers(recipe: Recipe, job: TrainJob, batch: Batch, *, fast: bool, count: int) -> dict[str, int] | None:

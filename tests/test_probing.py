@@ -10,6 +10,7 @@ import torch
 import mmft
 from mmft.engine.budget import sizes_of
 from mmft.errors import RecipeError
+from mmft.objectives.online.grpo import GroupObjective
 from mmft.summary import plan_text
 from tests import runs
 from tests.fast.test_store_objectives import ONLINE, PREFERENCES, a_recipe, shop
@@ -36,6 +37,25 @@ def test_other_objectives_make_a_step_too(tmp_path, objective):
     recipe = a_recipe(tmp_path, objective).model_dump(mode="json", exclude_unset=True)
     found = mmft.plan(recipe, probe=True)["probe"]
     assert found["parts"]["activations"] > 0 and abs(found["difference"]) < 0.1
+
+
+def test_a_probe_learns_from_all_sampled_answers(tmp_path, monkeypatch):
+    """Of an untrained model all may be worth the same, and a step then learns nothing and takes little."""
+    found, learn = [], GroupObjective.learn
+
+    def counted(self, rollout, step):
+        found.append(len(rollout.rows.ids))
+        return learn(self, rollout, step)
+
+    monkeypatch.setattr(GroupObjective, "learn", counted)
+    parts = []
+    for k in (2, 4):
+        objective = {"name": "grpo", "num_generations": k, "rewards": {"format:.*": 1.0}}
+        recipe = a_recipe(tmp_path, objective).model_dump(mode="json", exclude_unset=True)
+        parts.append(mmft.plan(recipe, probe=True)["probe"]["parts"])
+    assert found == [2 * 2, 2 * 4]
+    assert parts[1]["activations"] == pytest.approx(2 * parts[0]["activations"], rel=1e-6)
+    assert parts[1]["logits"] == 2 * parts[0]["logits"] > 0
 
 
 def test_captions_and_pairs_make_a_step_too(tmp_path):

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mmft.adapters.build import Adapted, ParamGroup
+from mmft.backbones.load import Backbone
 from mmft.data.loader import RowRenderer
 from mmft.data.prompts import PromptRenderer
 from mmft.data.sample import Sample
@@ -25,7 +26,7 @@ from mmft.objectives.build import output_head
 from mmft.objectives.online.grpo import GroupObjective
 from mmft.objectives.online.policy import Policy, ValueHead
 from mmft.objectives.online.ppo import PpoObjective
-from mmft.objectives.online.sampling import Sampler
+from mmft.objectives.online.sampling import Sampler, runs_tower_once
 from mmft.recipe.objective.online import REWARD_METRICS
 from mmft.recipe.schema import Recipe
 from mmft.runfolder import RunFolder
@@ -133,6 +134,28 @@ class Online(Chat):
         """Tokens of rows with their own answers."""
         assert isinstance(renderer, PromptRenderer)
         return super().measure(renderer.inner, samples)
+
+    def memory(
+        self, recipe: Recipe, backbone: Backbone, *, trainable: int, lengths: Mapping[str, Sequence[int]] | None
+    ) -> dict[str, int] | None:
+        """All answers to a forward's questions are learned from at once, each as long as they may be; their logits are
+        whole. A question's picture is encoded once where the family can."""
+        k, longest = recipe.objective.num_generations, recipe.evaluate.max_new_tokens
+        micro = recipe.train.per_device_train_batch_size
+        found = lengths or {"all": [512], "supervised": [64]}
+        pixels = found.get("pixels", [0] * len(found["all"]))
+        questions = [every - own for every, own in zip(found["all"], found["supervised"], strict=True)]
+        once = runs_tower_once(backbone.model)
+        drawn = {
+            "all": [length + longest for length in questions for _ in range(k)],
+            "supervised": [longest for _ in questions for _ in range(k)],
+            "pixels": [seen if one == 0 or not once else 0 for seen in pixels for one in range(k)],
+        }
+        train = recipe.train.model_copy(update={"per_device_train_batch_size": micro * k})
+        wider = recipe.model_copy(update={"train": train})
+        parts = super().memory(wider, backbone, trainable=trainable, lengths=drawn)
+        rows = micro * k * longest
+        return parts and {**parts, "logits": 12 * rows * backbone.model.config.get_text_config().vocab_size}
 
 
 def _plain(datasets: Datasets) -> Datasets:
