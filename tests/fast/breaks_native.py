@@ -263,18 +263,11 @@ NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
             ("a coefficient of GELU's end", "0.446926409f", "0.44f", f"{_ACT}[erf_gelu]"),
             ("the other side of GELU", "above, one, y)", "above, y, y)", f"{_ACT}[erf_gelu]"),
             (
-                "GELU overflows",
-                "_mm512_min_ps(_mm512_set1_ps(64.f), _mm512_abs_ps(x))",
-                "_mm512_abs_ps(x)",
-                f"{_ACT}[erf_gelu]",
-            ),
-            (
                 "no cube",
                 "square, _mm512_set1_ps(-2.30220819f * 0.044715f)",
                 "square, _mm512_set1_ps(0.f)",
                 f"{_ACT}[tanh_gelu]",
             ),
-            ("a power overflows", "_mm512_min_ps(_mm512_set1_ps(129.f), x)", "x", f"{_ACT}[tanh_gelu]"),
             (
                 "x is not rounded before the sigmoid",
                 "steep = rounded(_mm512_mul_ps(x, _mm512_set1_ps(1.702f)))",
@@ -321,12 +314,6 @@ NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
                 "a hook is not called",
                 "any(_is_watched(one) for one in (block, *children.values()))",
                 "_is_watched(block)",
-                f"{_MLP}::test_blocks_that_are_something_else_stay",
-            ),
-            (
-                "another act is taken for it",
-                "torch.equal(made, value(x))",
-                "torch.allclose(made, value(x), atol=0.1)",
                 f"{_MLP}::test_blocks_that_are_something_else_stay",
             ),
             (

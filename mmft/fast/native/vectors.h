@@ -51,7 +51,8 @@ INLINE __m512 exponential(__m512 x) {
     return _mm512_scalef_ps(y, n);
 }
 
-/* 2^x within 1 in 300,000, for what becomes bfloat16: a polynomial of x - n, 2^n; 0 where it is too small. */
+/* 2^x within 1 in 300,000, for what becomes bfloat16: a polynomial of x - n, 2^n. Of minus infinity it is 0 and of
+   infinity infinity (the polynomial's NaN does not count there), of NaN NaN. */
 INLINE __m512 power(__m512 x) {
     __m512 n = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, n), y = _mm512_set1_ps(9.5828529e-3f);
     y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.5906426e-2f));
