@@ -60,13 +60,14 @@ class _FastLinear:
     bias: Tensor | None
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        rows = rows_of(self, x)
-        if rows is None:
-            out: Tensor = super().forward(x)  # type: ignore[misc]
-            return out
-        with torch.autocast("cpu", enabled=False):
-            made: Tensor = _Frozen.apply(rows, self.weight, self.bias)  # type: ignore[no-untyped-call]
-        return made.view(*x.shape[:-1], made.shape[-1])
+        rows, made = rows_of(self, x), None
+        if rows is not None and torch.is_grad_enabled() and rows.requires_grad:
+            with torch.autocast("cpu", enabled=False):
+                made = _Frozen.apply(rows, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        elif rows is not None:
+            made = product([(rows, self.weight)], across=True, bias=self.bias)
+        out: Tensor = super().forward(x) if made is None else made.view(*x.shape[:-1], made.shape[-1])  # type: ignore[misc]
+        return out
 
 
 def put_in(model: Any) -> Iterator[Any]:

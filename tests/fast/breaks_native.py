@@ -83,7 +83,7 @@ NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
                 _ODD,
             ),
             ("the beginning is not seen", "(t < row[3] ? row[2] + t :", "(t < row[3] ? row[0] + t :", _RESTS),
-            ("the last columns are left out", "if (columns - at == 48)", "if (columns - at == 49)", _RESTS),
+            ("the last columns are left out", "if (wide == 48)", "if (wide == 49)", _RESTS),
         ),
     ),
     (

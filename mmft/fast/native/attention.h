@@ -35,14 +35,18 @@ INLINE void block(const int wide, long pairs, const uint32_t *a, long ai, long a
         for (int j = 0; j < wide; j++) _mm512_storeu_ps(c + i * ldc + 16 * j, sum[i][j]);
 }
 
-/* The same for any number of columns that is a multiple of 16. */
+/* The same for any number of columns that is a multiple of 16; 80 are 48 and 32, because a block of 16 waits for its own
+   sums. */
 INLINE void product(long columns, long pairs, const uint32_t *a, long ai, long ak, const uint32_t *b, long ldb,
                     float *c, long ldc, const int add) {
-    long at = 0;
-    for (; at + 64 <= columns; at += 64) block(4, pairs, a, ai, ak, b + at, ldb, c + at, ldc, add);
-    if (columns - at == 48) block(3, pairs, a, ai, ak, b + at, ldb, c + at, ldc, add);
-    if (columns - at == 32) block(2, pairs, a, ai, ak, b + at, ldb, c + at, ldc, add);
-    if (columns - at == 16) block(1, pairs, a, ai, ak, b + at, ldb, c + at, ldc, add);
+    for (long at = 0, left = columns; left > 0; left = columns - at) {
+        long wide = left == 80 ? 48 : left < 64 ? left : 64;
+        if (wide == 64) block(4, pairs, a, ai, ak, b + at, ldb, c + at, ldc, add);
+        if (wide == 48) block(3, pairs, a, ai, ak, b + at, ldb, c + at, ldc, add);
+        if (wide == 32) block(2, pairs, a, ai, ak, b + at, ldb, c + at, ldc, add);
+        if (wide == 16) block(1, pairs, a, ai, ak, b + at, ldb, c + at, ldc, add);
+        at += wide;
+    }
 }
 
 /* Where a row's key t is: the beginning's come first, then its own. */
