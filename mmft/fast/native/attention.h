@@ -35,8 +35,7 @@ INLINE void block(const int wide, long pairs, const uint32_t *a, long ai, long a
         for (int j = 0; j < wide; j++) _mm512_storeu_ps(c + i * ldc + 16 * j, sum[i][j]);
 }
 
-/* The same for any number of columns that is a multiple of 16; 80 are 48 and 32, because a block of 16 waits for its own
-   sums. */
+/* The same for any number of columns that is a multiple of 16; 80 are 48 and 32: a block of 16 waits for its sums. */
 INLINE void product(long columns, long pairs, const uint32_t *a, long ai, long ak, const uint32_t *b, long ldb,
                     float *c, long ldc, const int add) {
     for (long at = 0, left = columns; left > 0; left = columns - at) {
