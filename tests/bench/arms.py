@@ -1,7 +1,8 @@
 """One arm of `make bench` in a process of its own: trains some steps and prints its figures as a line of JSON.
 
 Every arm gets the same folder, rows, order, adapters (mmft's own start), learning rate and batch. What is timed is the
-wall clock from the end of step `WARM` to the end of the last one, data included.
+wall clock from the end of step `WARM` on, data included; with several epochs each counts as often as it was gone
+through (`Watch.figures`).
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def run_mmft(given: dict[str, Any], folder: Path) -> dict[str, Any]:
         datasets = load_datasets(recipe, backbone.processor, run.journal)
         adapted = build_adapters(backbone, recipe.adapter, seed=recipe.train.seed)
         train_stage(run, adapted, datasets, accelerator, resume=False, extra=[watch])
-    return watch.figures(given["batch"])
+    return watch.figures(given["batch"], given.get("epochs", 1.0))
 
 
 def run_transformers(given: dict[str, Any], folder: Path, *, trl: bool) -> dict[str, Any]:

@@ -120,6 +120,8 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, list[dict[str,
         for name in order:
             cold = folder / "cold"
             told = {**shared, **arms[name]}
+            if told["arm"] == "mmft":
+                told["epochs"] = given.epochs
             if given.peer_steps and told["arm"] != "mmft":
                 told["steps"] = min(given.steps, given.peer_steps)
             figures = run_arm(told, warm if name == "warm" else cold)

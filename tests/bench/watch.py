@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +45,18 @@ class Watch:
 
     def on_end(self, state: Any) -> None: ...
 
-    def figures(self, batch: float) -> dict[str, Any]:
-        """The arm's line."""
+    def figures(self, batch: float, epochs: float = 1.0) -> dict[str, Any]:
+        """The arm's line. Steps before the clock are given the mean time of the others of their epoch: the first epoch,
+        which fills what later ones find, counts as often as it was gone through."""
         self._over.set()
-        steps, spent = len(self.ends) - WARM, self.ends[-1] - self.ends[WARM - 1]
+        times = [end - begin for begin, end in pairwise(self.ends)]  # of the second step on
+        cuts = [round(number * len(self.ends) / epochs) for number in range(int(epochs) + 1)]
+        spent = 0.0
+        for begin, end in pairwise(cuts):
+            seen = times[max(begin, WARM) - 1 : end - 1] or times[max(begin, 1) - 1 : end - 1]
+            spent += statistics.fmean(seen) * (end - begin)
         return {
-            "samples_per_second": batch * steps / spent,
+            "samples_per_second": batch * cuts[-1] / spent,
             "tokens_per_sample": self.tokens / (batch * len(self.ends)),
             "peak": max(self.peak, anonymous()),
             "losses": self.losses,
