@@ -82,7 +82,8 @@ class Rounded:
             with torch.no_grad():
                 parts = [(param * self.factor if self.factor != 1.0 else param).to(dtype) for param in self.params]
                 # Never the parameter itself: an optimizer changes it in place, and backward reads this.
-                self._value = torch.cat([part.detach() for part in parts]) if len(parts) > 1 else parts[0].clone()
+                whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+                self._value = whole.detach().clone() if whole is self.params[0] else whole.detach()
             self._seen = now
         return self._value
 

@@ -1,4 +1,5 @@
 /* What follows a frozen layer, of its output in bfloat16; rounded where torch's operators round. */
+#pragma once
 #include "vectors.h"
 
 enum { NOTHING, TANH_GELU, ERF_GELU, QUICK_GELU, RELU };

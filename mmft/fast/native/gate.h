@@ -1,9 +1,9 @@
 /* The gated product and its gradient, rounded where torch's formulas round. */
-#include "vectors.h"
+#include "acts.h"
 
+/* Within 1 in 200,000: it becomes bfloat16. */
 INLINE __m512 sigmoid(__m512 x) {
-    __m512 one = _mm512_set1_ps(1.f);
-    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+    return _mm512_div_ps(_mm512_set1_ps(1.f), one_and_power(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f))));
 }
 
 /* round(silu(gate)) * up. */
