@@ -41,7 +41,7 @@ class _Stack(ctypes.Structure):
 class _Gates(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("gate", "up", "given", "product", "to_gate", "to_up")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns")),
+        ("columns", ctypes.c_int64),
     ]
 
 
@@ -192,7 +192,7 @@ def forward_gated(two: Two, x: Tensor, given: tuple[Given, Given]) -> tuple[tupl
     (gate, up), (out,) = first.outs(x), second.outs(x)
     one = first.fill(x, narrow[0], given[0], outs=(gate, up))
     other = second.fill(product, narrow[1], given[1], outs=(out,))
-    gates = _Gates(address(gate), address(up), 0, address(product), 0, 0, *product.shape)
+    gates = _Gates(address(gate), address(up), 0, address(product), 0, 0, second.width)
     _run("mmft_gated", max(first.depth, second.depth), one, other, gates)
     return narrow, [gate, up, out]
 
@@ -223,5 +223,5 @@ def backward_gated(
     other = second.fill(product, narrow[1], given[1], slopes=slopes[1], ahead=(ahead,))
     addresses = (address(y) for y in (*factors, to_up, product, to_gate, to_up))
     depth = max(first.depth, second.depth, rows + 1)
-    _run("mmft_gated_back", depth, one, other, _Gates(*addresses, *product.shape))
+    _run("mmft_gated_back", depth, one, other, _Gates(*addresses, second.width))
     return slopes

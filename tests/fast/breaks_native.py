@@ -238,7 +238,7 @@ NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
                 "t < j->terms + 1; to +=",
                 _SUM,
             ),
-            ("the last rows are left out", "(j->rows + TILE - 1) / TILE", "j->rows / TILE", _BACK),
+            ("the last rows are left out", "(j->rows + high_of(j) - 1) / high_of(j)", "j->rows / high_of(j)", _BACK),
             ("a panel of another column is taken", "if (column != packed)", "if (packed < 0)", _SUM),
         ),
     ),
@@ -248,8 +248,8 @@ NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
         (
             (
                 "an act of all rows but the last",
-                "i < row + TILE && i < j->rows",
-                "i < row + TILE && i + 1 < j->rows",
+                "for (; row < end; row++)",
+                "for (; row + 1 < end; row++)",
                 _ACTS,
             ),
             ("an act of the first vector", "at < j->columns; at += 16)", "at < j->columns; at += PANEL)", _ACTS),

@@ -24,14 +24,14 @@ typedef struct {
 } stack;
 typedef struct { uint32_t *panel; long here, all; } place;
 /* What a gated block does between its layers, tile by tile; `given`: the product's gradient, or nothing. */
-typedef struct { const bf16 *gate, *up, *given; bf16 *product, *to_gate, *to_up; int64_t rows, columns; } gates;
+typedef struct { const bf16 *gate, *up, *given; bf16 *product, *to_gate, *to_up; int64_t columns; } gates;
 
 /* Brings what `open_tile` will read and write nearer. */
-static void fetch_tile(const void *more, long row, long column) {
+static void fetch_tile(const void *more, long row, long end, long column) {
     const gates *g = more;
     long wide = g->columns - column < PANEL ? g->columns - column : PANEL;
-    for (long i = row; i < row + TILE && i < g->rows; i++)
-        for (long at = i * g->columns + column, end = at + wide; at < end; at += 32) {
+    for (; row < end; row++)
+        for (long at = row * g->columns + column, last = at + wide; at < last; at += 32) {
             __builtin_prefetch(g->gate + at);
             if (!g->given) continue;
             __builtin_prefetch(g->up + at);
@@ -39,12 +39,12 @@ static void fetch_tile(const void *more, long row, long column) {
         }
 }
 
-static void open_tile(const void *more, long row, long column) {
+static void open_tile(const void *more, long row, long end, long column) {
     const gates *g = more;
-    for (long i = row; i < row + TILE && i < g->rows; i++)
+    for (; row < end; row++)
         for (long at = column; at < column + PANEL && at < g->columns; at += 16) {
             __mmask16 some = first(g->columns - at);
-            long here = i * g->columns + at;
+            long here = row * g->columns + at;
             __m512 gate = load_some(g->gate + here, some), up = load_some(g->up + here, some), left, right;
             if (g->given) {
                 __m512 product = gated_back(gate, up, load_some(g->given + here, some), &left, &right);

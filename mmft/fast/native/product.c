@@ -8,13 +8,13 @@
 typedef struct { const job *made; long act; } following;
 
 /* The act takes the place of a tile that was just written. */
-static void act_tile(const void *more, long row, long column) {
+static void act_tile(const void *more, long row, long end, long column) {
     const following *f = more;
     const job *j = f->made;
-    for (long i = row; i < row + TILE && i < j->rows; i++)
+    for (; row < end; row++)
         for (long at = column; at < column + PANEL && at < j->columns; at += 16) {
             __mmask16 some = first(j->columns - at);
-            bf16 *x = j->out + i * j->ldo + at;
+            bf16 *x = j->out + row * j->ldo + at;
             store_some(x, acted(f->act, load_some(x, some)), some);
         }
 }

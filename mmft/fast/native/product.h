@@ -5,7 +5,7 @@
 #include "vectors.h"
 #include <omp.h>
 
-enum { TILE = 6, PANEL = 64 };
+enum { TILE = 6, TALL = 12, PANEL = 64 };
 /* B is (columns, depth) where `across`, else (depth, columns); rows lie `lda` and `ldb` apart. `depth` is even; where
    it is not, B is not `across`, and rows of A end with a zero behind it. */
 typedef struct { const bf16 *a, *b; int64_t lda, ldb, depth; } term;
@@ -48,20 +48,20 @@ static void pack(uint32_t *to, const term *t, long at, long columns, int across)
         }
 }
 
-/* Sums of a tile: TILE rows (the last one again where there are fewer) and 16 * wide columns. */
-INLINE void sums(const int wide, const term *terms, long count, const uint32_t *panel, long row, long rows,
-                 const bf16 *bias, long columns, __m512 sum[TILE][4]) {
-    for (int i = 0; i < TILE; i++)
+/* Sums of a tile: `tall` rows (the last one again where there are fewer) and 16 * wide columns. */
+INLINE void sums(const int tall, const int wide, const term *terms, long count, const uint32_t *panel, long row,
+                 long rows, const bf16 *bias, long columns, __m512 sum[TALL][4]) {
+    for (int i = 0; i < tall; i++)
         for (int j = 0; j < wide; j++)
             sum[i][j] = bias ? load_some(bias + 16 * j, first(columns - 16 * j)) : _mm512_setzero_ps();
     for (const term *t = terms; t < terms + count; t++) {
-        const uint32_t *a[TILE];
-        for (int i = 0; i < TILE; i++)
+        const uint32_t *a[TALL];
+        for (int i = 0; i < tall; i++)
             a[i] = (const uint32_t *)(t->a + (row + (i < rows ? i : rows - 1)) * t->lda);
         for (long k = 0; k < (t->depth + 1) / 2; k++, panel += PANEL) {
             __m512bh right[4];
             for (int j = 0; j < wide; j++) right[j] = (__m512bh)_mm512_loadu_si512(panel + 16 * j);
-            for (int i = 0; i < TILE; i++) {
+            for (int i = 0; i < tall; i++) {
                 __m512bh left = (__m512bh)_mm512_set1_epi32((int)a[i][k]);
                 for (int j = 0; j < wide; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
             }
@@ -80,11 +80,11 @@ typedef struct {
 } job;
 
 /* A tile of it. */
-INLINE void tile(const int wide, const job *j, const uint32_t *panel, long row, long column) {
+INLINE void tile(const int tall, const int wide, const job *j, const uint32_t *panel, long row, long column) {
     long rows = j->rows - row, columns = j->columns - column;
-    __m512 sum[TILE][4];
-    sums(wide, j->terms, j->count, panel, row, rows, j->bias ? j->bias + column : 0, columns, sum);
-    for (int i = 0; i < TILE && i < rows; i++)
+    __m512 sum[TALL][4];
+    sums(tall, wide, j->terms, j->count, panel, row, rows, j->bias ? j->bias + column : 0, columns, sum);
+    for (int i = 0; i < tall && i < rows; i++)
         for (int at = 0; at < wide; at++) {
             __mmask16 some = first(columns - 16 * at);
             __m512 value = _mm512_mul_ps(sum[i][at], _mm512_set1_ps(j->scale));
@@ -96,7 +96,9 @@ INLINE void tile(const int wide, const job *j, const uint32_t *panel, long row, 
         }
 }
 
-INLINE long tiles_of(const job *j) { return (j->rows + TILE - 1) / TILE; }
+/* Few columns are taken with more rows, so that there are sums enough to go on with while one is being added to. */
+INLINE long high_of(const job *j) { return j->columns <= 32 ? TALL : TILE; }
+INLINE long tiles_of(const job *j) { return (j->rows + high_of(j) - 1) / high_of(j); }
 INLINE long panels_of(const job *j) { return (j->columns + PANEL - 1) / PANEL; }
 
 /* Brings part `part` of `parts` of the B of columns from `column` on nearer, while others are computed with. */
@@ -110,15 +112,16 @@ static void fetch(const job *j, long column, long part, long parts) {
     }
 }
 
-/* What goes on beside a product: `before` (or nothing) and `after` each tile (its first row and column). */
-typedef void step_beside(const void *more, long row, long column);
+/* What goes on beside a product: `before` (or nothing) and `after` each tile of rows up to `end`. */
+typedef void step_beside(const void *more, long row, long end, long column);
 typedef struct { step_beside *before, *after; const void *more; } beside;
 
 /* Those of its tiles that are thread `here`'s of `all`. */
 static void share(const job *j, uint32_t *panel, long here, long all, const beside *with) {
     long tiles = tiles_of(j), panels = panels_of(j), packed = -1, end = panels * tiles * (here + 1) / all;
     for (long at = panels * tiles * here / all; at < end; at++) {
-        long column = at / tiles * PANEL, row = at % tiles * TILE, left = j->columns - column;
+        long column = at / tiles * PANEL, row = at % tiles * high_of(j), left = j->columns - column;
+        long low = row + high_of(j) < j->rows ? row + high_of(j) : j->rows;
         if (column != packed) {
             uint32_t *to = panel;
             for (const term *t = j->terms; t < j->terms + j->count; to += (t++->depth + 1) / 2 * PANEL)
@@ -126,11 +129,13 @@ static void share(const job *j, uint32_t *panel, long here, long all, const besi
             packed = column;
         }
         if (left > PANEL && at - at % tiles + tiles < end) fetch(j, column + PANEL, at % tiles, tiles);
-        if (with && with->before) with->before(with->more, row, column);
-        if (left > 48) tile(4, j, panel, row, column);
-        else if (left > 32) tile(3, j, panel, row, column);
-        else if (left > 16) tile(2, j, panel, row, column);
-        else tile(1, j, panel, row, column);
-        if (with) with->after(with->more, row, column);
+        if (with && with->before) with->before(with->more, row, low, column);
+        if (j->columns <= 16) tile(TALL, 1, j, panel, row, column);
+        else if (j->columns <= 32) tile(TALL, 2, j, panel, row, column);
+        else if (left > 48) tile(TILE, 4, j, panel, row, column);
+        else if (left > 32) tile(TILE, 3, j, panel, row, column);
+        else if (left > 16) tile(TILE, 2, j, panel, row, column);
+        else tile(TILE, 1, j, panel, row, column);
+        if (with) with->after(with->more, row, low, column);
     }
 }
