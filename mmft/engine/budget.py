@@ -98,10 +98,8 @@ def plan_memory(
     parts = _parts(job, step, now=held())
     if budget is None:
         return MemoryPlan(parts, every, None)
-    limit, thin = (
-        int(budget * 1e9),
-        2 * sum(sizes.rows) * job.adapted.backbone.model.config.get_text_config().hidden_size,
-    )
+    hidden = job.adapted.backbone.model.config.get_text_config().hidden_size
+    limit, thin = int(budget * 1e9), width_of(job) * sum(sizes.rows) * hidden
     rest = sum(parts.values()) - step.total
     count = layers_asked(limit, step, rest=rest, layers=layers, thin=thin)
     peak = None
@@ -123,7 +121,28 @@ def step_of(job: TrainJob, sizes: StepSizes, *, fast: bool, recomputed: int) -> 
     towers = any(adapted.home(name)[0] in ("vision", "audio") for name in adapted.trainable())
     layers = len(recomputable(adapted)) or None
     config = adapted.backbone.model.config
-    return step_memory(config, sizes, fast=fast, layers=layers, recomputed=recomputed, towers=towers)
+    width, cast = width_of(job), 0 if fast else cast_bytes(job, recomputed)
+    return step_memory(
+        config, sizes, fast=fast, layers=layers, recomputed=recomputed, towers=towers, width=width, cast=cast
+    )
+
+
+def width_of(job: TrainJob) -> int:
+    """Bytes of a number that products take: autocast's, or the weights'."""
+    return 2 if job.section.bf16 else job.adapted.backbone.model.dtype.itemsize
+
+
+def cast_bytes(job: TrainJob, recomputed: int) -> int:
+    """Frozen weights in float32 under autocast: each product keeps its 16-bit copy of one for its input's gradient."""
+    model = job.adapted.backbone.model
+    if not job.section.bf16 or model.dtype != torch.float32:
+        return 0
+    layers, head = recomputable(job.adapted), model.get_output_embeddings()
+    frozen = [
+        [value for value in layer.parameters() if value.dim() > 1 and not value.requires_grad] for layer in layers
+    ]
+    own = [sum(value.numel() for value in values) for values in frozen]
+    return 2 * (sum(own[recomputed:]) + (0 if head is None else head.weight.numel()))
 
 
 def _parts(job: TrainJob, step: StepMemory, *, now: int) -> dict[str, int]:

@@ -51,55 +51,65 @@ HEAP = 1.3
 """What malloc holds for each byte of activations: blocks of other lengths do not fit the gaps that are free."""
 
 
-def layer_bytes(text: Any, rows: Sequence[int], *, fast: bool) -> int:
-    """What one language layer of a config keeps for the backward pass.
+def layer_bytes(text: Any, rows: Sequence[int], *, fast: bool, width: int = 2) -> int:
+    """What one language layer of a config keeps for the backward pass; `width`: bytes of a number that products take.
 
-    Fast (`mmft.fast`), in 16 bits: the two norms' inputs and outputs, q, k, v, the attention's output, gate and up,
-    and the probabilities of rows of up to `KEPT_KEYS` tokens. Else what peft and autocast keep, much of it in float32:
-    about 18 hidden-wide and 5 intermediate-wide values.
+    Fast (`mmft.fast`): the two norms' inputs and outputs, q, k, v, the attention's output, gate and up, and the
+    probabilities of rows of up to `KEPT_KEYS` tokens. Else what peft and autocast keep: about 18 hidden-wide and 5
+    intermediate-wide values (in 16 bits fewer, much of it in float32).
     """
     hidden, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     heads: int = getattr(text, "num_attention_heads", 1)
-    width: int = getattr(text, "head_dim", None) or hidden // heads
-    keys: int = (getattr(text, "num_key_value_heads", None) or heads) * width
+    one_head: int = getattr(text, "head_dim", None) or hidden // heads
+    keys: int = (getattr(text, "num_key_value_heads", None) or heads) * one_head
     if not fast:
-        return 2 * sum(rows) * (18 * hidden + 5 * inner)
-    return 2 * sum(rows) * (6 * hidden + 2 * keys + 2 * inner) + sum(
-        2 * heads * row * row for row in rows if row <= KEPT_KEYS
+        return width * sum(rows) * (18 * hidden + 5 * inner)
+    return width * sum(rows) * (6 * hidden + 2 * keys + 2 * inner) + sum(
+        width * heads * row * row for row in rows if row <= KEPT_KEYS
     )
 
 
 def step_memory(
-    config: Any, sizes: StepSizes, *, fast: bool, layers: int | None = None, recomputed: int = 0, towers: bool = False
+    config: Any,
+    sizes: StepSizes,
+    *,
+    fast: bool,
+    layers: int | None = None,
+    recomputed: int = 0,
+    towers: bool = False,
+    width: int = 2,
+    cast: int = 0,
 ) -> StepMemory:
     """Estimate of a step from a model's config.
 
     `layers` that gradients pass (all by default), `recomputed` of which keep their input alone; `towers`: gradients
-    pass them too. The head keeps 12 bytes for each supervised row and word, of `CHUNK_BYTES` at most on the fast path.
+    pass them too; `width`: bytes of a number that products take; `cast`: bytes of weights that autocast keeps in 16
+    bits from forward to backward. The head keeps 12 bytes for each supervised row and word, of `CHUNK_BYTES` at most on
+    the fast path.
     """
     text = config.get_text_config()
     count = text.num_hidden_layers if layers is None else layers
-    one, thin = layer_bytes(text, sizes.rows, fast=fast), 2 * sum(sizes.rows) * text.hidden_size
+    one, thin = layer_bytes(text, sizes.rows, fast=fast, width=width), width * sum(sizes.rows) * text.hidden_size
     kept = one * (count - recomputed) + thin * recomputed
     if recomputed:
         kept = max(kept, one + thin * recomputed)
     logits = 12 * sizes.supervised * text.vocab_size
     if fast:
-        logits = min(logits, CHUNK_BYTES + 2 * sizes.supervised * text.hidden_size)
+        logits = min(logits, CHUNK_BYTES + width * sizes.supervised * text.hidden_size)
     vision = getattr(config, "vision_config", None)
-    seen = _tower_bytes(vision, sizes.patches, trained=towers) if vision is not None else 0
-    activations = int(HEAP * kept)
+    seen = width * _tower_values(vision, sizes.patches, trained=towers) if vision is not None else 0
+    activations = int(HEAP * kept) + cast
     if towers:
         return StepMemory(activations, logits, int(HEAP * seen))
     return StepMemory(activations, logits, max(0, seen - activations - logits))
 
 
-def _tower_bytes(vision: Any, patches: int, *, trained: bool) -> int:
+def _tower_values(vision: Any, patches: int, *, trained: bool) -> int:
     """A frozen tower holds one layer's values at a time; one that gradients pass keeps every layer's."""
     wide = _size(vision, "embed_dim", "hidden_size")
     inner = _size(vision, "intermediate_size") or int(wide * getattr(vision, "mlp_ratio", 4))
     deep = _size(vision, "num_hidden_layers", "depth")
-    return 2 * patches * ((18 * wide + 5 * inner) * deep if trained else 10 * wide + 3 * inner)
+    return patches * ((18 * wide + 5 * inner) * deep if trained else 10 * wide + 3 * inner)
 
 
 def _size(config: Any, *names: str) -> int:

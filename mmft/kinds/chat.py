@@ -151,6 +151,7 @@ class Chat(Kind):
             fast=recipe.train.fast is True and recipe.adapter.method == "lora",
             recomputed=layers if recipe.train.gradient_checkpointing else 0,
             towers="vision" in {target.split(".")[0] for target in recipe.adapter.targets},
+            width=4 if recipe.model.dtype == "float32" and not recipe.train.bf16 else 2,
         )
         return {"activations": step.activations, "logits": step.logits, "vision": step.vision}
 

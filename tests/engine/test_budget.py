@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import mmft
 from mmft.adapters.build import set_modes
+from mmft.backbones.load import load_backbone
 from mmft.data.steps import plan_steps
 from mmft.engine import budget as budget_module
 from mmft.engine.budget import plan_memory, sizes_of
@@ -17,7 +19,8 @@ from mmft.engine.memory import checkpoint_layers, recomputable
 from mmft.engine.step_memory import HEAP, Peak, StepMemory, StepSizes, layers_asked, patches_of, step_memory
 from mmft.errors import RecipeError
 from mmft.recipe.load import load_recipe
-from mmft.recipe.schema import AdapterSection
+from mmft.recipe.schema import AdapterSection, ModelSection
+from tests import runs
 from tests.fast.small import batch_of, both, small_recipe, small_setting
 from tests.runs import cli, read_lines, write_recipe
 
@@ -107,6 +110,25 @@ def test_the_estimate_counts_layers_rows_and_patches():
     assert step_memory(_config(), sizes, fast=False).activations > fast.activations
     assert step_memory(_config(), StepSizes((4,), 1, 10_000), fast=True).vision > 0  # pictures beyond the text
     assert step_memory(_config(), sizes, fast=True, towers=True).vision > 0
+
+
+def test_float32_keeps_twice_the_bytes_and_autocast_its_copies_of_float32_weights(tmp_path):
+    """Of shapes: every kept value has the width of what products take. Of a run: only where autocast has to cast."""
+    sizes = StepSizes((40, 60), 12, 10_000)
+    for fast in (True, False):
+        half, whole = (step_memory(_config(), sizes, fast=fast, width=width) for width in (2, 4))
+        assert whole.activations == pytest.approx(2 * half.activations, abs=2)
+        assert whole.vision + whole.activations > half.vision + half.activations
+    assert step_memory(_config(), sizes, fast=False, cast=5).activations == 5 + half.activations
+    found = {}
+    for dtype, bf16 in (("bfloat16", True), ("float32", True), ("float32", False)):
+        changes = {"model.dtype": dtype, "train.bf16": bf16, "train.fast": False, **runs.TRAIN_ONLY}
+        found[dtype, bf16] = mmft.plan(runs.values(tmp_path, changes), probe=True)["probe"]["parts"]["activations"]
+    model = load_backbone(ModelSection(name_or_path=str(runs.model()))).model
+    layers = sum(v.numel() for n, v in model.named_parameters() if "language_model.layers" in n and v.dim() > 1)
+    cast = 2 * (layers + model.get_output_embeddings().weight.numel())
+    assert found["float32", True] == found["bfloat16", True] + cast
+    assert found["float32", False] == pytest.approx(2 * found["bfloat16", True], abs=2)
     assert patches_of(_config(), 2 * 3 * 8 * 8 * 5) == 10
 
 
