@@ -2,9 +2,10 @@
 
 Torch's operators write every step of a softmax, a norm or a gate to memory and read it again; a kernel does not, and
 its products of bfloat16 keep float32 sums, which no operator of torch gives out on a CPU. Each kernel stands behind the
-function it takes the place of (`native_attention`, `native_rows`), which goes on with torch for what is not its own:
-masks of padding, soft caps, windows, dropout on P, widths that are not whole vectors, other types. They go in where
-attention is faster here by them than by what was chosen before. Price: a second of gcc, once on a machine.
+function it takes the place of (`native_attention`, `native_rows`; layers and blocks of `native_linear`, `native_mlp`),
+which goes on with torch for what is not its own: masks of padding, soft caps, windows, dropout on P, widths that are
+not whole vectors, other types. They go in where attention is faster here by them than by what was chosen before. Price:
+a second of gcc, once on a machine.
 """
 
 from __future__ import annotations

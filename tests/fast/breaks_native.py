@@ -20,6 +20,7 @@ _PRODUCT = "fast/test_native_product.py"
 _SUM = f"{_PRODUCT}::test_a_layer_and_its_adapters_are_one_sum[(4, 6)-(7, 62, 65)]"
 _ACT = f"{_PRODUCT}::test_an_act_is_torchs_over_all_numbers"
 _ACTS = f"{_PRODUCT}::test_an_act_follows_every_value_of_a_layer[(7, 62, 65)-tanh_gelu]"
+_MIDDLE = f"{_PRODUCT}::test_an_act_follows_every_value_of_a_layer[(13, 98, 100)-relu]"
 _MLP = "fast/test_native_mlp.py"
 _BACK = f"{_PRODUCT}::test_the_gradient_of_several_layers_is_one_sum[(7, 62, 65)]"
 _LINES = "fast/test_native_lines.py"
@@ -252,7 +253,8 @@ NATIVE: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
                 "for (; row + 1 < end; row++)",
                 _ACTS,
             ),
-            ("an act of the first vector", "at < j->columns; at += 16)", "at < j->columns; at += PANEL)", _ACTS),
+            ("an act of a panel's first vector", "at < PANEL; at += 16)", "at < 16; at += 16)", _ACTS),
+            ("an act of the last panel's first vector", "at < wide; at += 16)", "at < 16; at += 16)", _MIDDLE),
             ("nothing follows", "act == NOTHING ? 0 : &with", "0", _ACTS),
         ),
     ),

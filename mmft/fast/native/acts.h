@@ -35,7 +35,7 @@ INLINE __m512 quick_gelu(__m512 x) {
     return _mm512_mul_ps(x, rounded(_mm512_div_ps(_mm512_set1_ps(1.f), below)));
 }
 
-INLINE __m512 acted(long act, __m512 x) {
+INLINE __m512 acted(const int act, __m512 x) {
     if (act == TANH_GELU) return tanh_gelu(x);
     if (act == ERF_GELU) return erf_gelu(x);
     if (act == QUICK_GELU) return quick_gelu(x);

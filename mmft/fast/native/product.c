@@ -8,15 +8,24 @@
 typedef struct { const job *made; long act; } following;
 
 /* The act takes the place of a tile that was just written. */
+INLINE void act_rows(const int act, const job *j, long row, long end, long column) {
+    long wide = j->columns - column < PANEL ? j->columns - column : PANEL;
+    for (; row < end; row++) {
+        bf16 *x = j->out + row * j->ldo + column;
+        for (long at = 0; wide == PANEL && at < PANEL; at += 16) store(x + at, acted(act, load(x + at)));
+        for (long at = 0; wide < PANEL && at < wide; at += 16) {
+            __mmask16 some = first(wide - at);
+            store_some(x + at, acted(act, load_some(x + at, some)), some);
+        }
+    }
+}
+
 static void act_tile(const void *more, long row, long end, long column) {
     const following *f = more;
-    const job *j = f->made;
-    for (; row < end; row++)
-        for (long at = column; at < column + PANEL && at < j->columns; at += 16) {
-            __mmask16 some = first(j->columns - at);
-            bf16 *x = j->out + row * j->ldo + at;
-            store_some(x, acted(f->act, load_some(x, some)), some);
-        }
+    if (f->act == TANH_GELU) act_rows(TANH_GELU, f->made, row, end, column);
+    else if (f->act == ERF_GELU) act_rows(ERF_GELU, f->made, row, end, column);
+    else if (f->act == QUICK_GELU) act_rows(QUICK_GELU, f->made, row, end, column);
+    else act_rows(RELU, f->made, row, end, column);
 }
 
 /* `room`: panels for the threads, `each` values of 4 bytes apart. */
