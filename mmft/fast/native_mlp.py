@@ -26,6 +26,8 @@ ACTS: dict[Act, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 """What the kernel's acts are."""
+REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+"""What a module answers that takes something else than rows."""
 
 
 class _FastMlp:
@@ -87,7 +89,7 @@ def _act_of(module: nn.Module) -> Act | None:
     x = torch.linspace(-8, 8, 2049).bfloat16()
     try:
         made = None if list(module.parameters()) else module(x.clone())
-    except (RuntimeError, TypeError, ValueError):
+    except REFUSALS:
         return None
     return next(
         (name for name, value in ACTS.items() if isinstance(made, Tensor) and torch.equal(made, value(x))), None
@@ -102,7 +104,7 @@ def _is_formula(block: Any, first: Any, second: Any, act: Callable[[Tensor], Ten
         with torch.no_grad():
             wanted = second(act(first(x)))
             made = [block.train(mode)(x) for mode in (True, False)]
-    except (RuntimeError, TypeError, ValueError):
+    except REFUSALS:
         return False
     finally:
         block.train(was)

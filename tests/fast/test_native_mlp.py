@@ -55,6 +55,13 @@ class Further(Mlp):
         return super().forward(x), x  # type: ignore[return-value]
 
 
+class Other(Mlp):
+    """Of the same parts, for something that is no tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.pixels)  # type: ignore[attr-defined]
+
+
 def rows(seed: int = 0) -> Tensor:
     return torch.randn((2, 40, 32), generator=torch.Generator().manual_seed(seed)).bfloat16()
 
@@ -139,6 +146,7 @@ def test_blocks_that_are_something_else_stay():
         "another order": Turned(nn.GELU(), hidden=32),
         "dropout": Dropped(nn.GELU()).eval(),
         "two outputs": Further(nn.GELU()),
+        "not of rows": Other(nn.GELU()),
         "layers of other widths": nn.ModuleDict(
             {"one": nn.Linear(32, 48), "act": nn.GELU(), "two": nn.Linear(32, 32)}
         ).bfloat16().requires_grad_(False),
