@@ -20,14 +20,15 @@ from mmft.adapters.build import build_adapters
 from mmft.backbones.load import Backbone, load_backbone
 from mmft.data.collate import Batch
 from mmft.data.preference_render import PreferenceBatch
+from mmft.data.prompts import PromptBatch
 from mmft.data.steps import plan_steps
 from mmft.data.streaming import Streamed
-from mmft.engine.budget import largest_batch, plan_memory, probe, sizes_of, step_of
+from mmft.engine.budget import kept_products, largest_batch, plan_memory, probe, sizes_of, step_of
 from mmft.engine.job import TrainJob
 from mmft.engine.memory import recomputable
-from mmft.engine.step_memory import held
+from mmft.engine.step_memory import StepSizes, held
 from mmft.errors import RecipeError
-from mmft.fast.kernel_caches import KEPT_BYTES, give_back
+from mmft.fast.kernel_caches import give_back
 from mmft.fast.known import fast_plan, install
 from mmft.fast.plan import Setting, Work
 from mmft.journal import Journal
@@ -35,6 +36,7 @@ from mmft.kinds import kind_of
 from mmft.kinds.base import Datasets
 from mmft.objectives.online.base import OnlineObjective
 from mmft.objectives.online.rollout import Attempt, Judge, Judged
+from mmft.objectives.online.sampling import runs_tower_once
 from mmft.recipe.schema import Recipe
 from mmft.stages import calibration, load_datasets
 
@@ -97,7 +99,7 @@ def _probed(
     count = len(layers) if planned is None else planned.recomputed
     if planned is None:
         own = _of_answers(recipe, job, batch, fast=fast, count=count)
-        parts = _held(recipe, job) | (_of_kind(recipe, job, backbone, datasets, batch) if own is None else own)
+        parts = _held(job, fast=fast) | (_of_kind(recipe, job, backbone, datasets, batch) if own is None else own)
     else:
         parts = planned.parts
     peak = planned.probed if planned is not None and planned.probed else probe(job, batch, count=count, device=device)
@@ -132,12 +134,18 @@ class _Unlike:
 
 
 def _of_answers(recipe: Recipe, job: TrainJob, batch: Batch, *, fast: bool, count: int) -> dict[str, int] | None:
-    """The estimate from the layout that the renderer really chose for answers to one prompt; None for other rows. Their
-    logits stay whole (the head is not computed in chunks), but for a reward, which needs one row of them or none."""
-    if not isinstance(batch, PreferenceBatch):
+    """The estimate from the layout that the renderer really chose for answers to one prompt, or from all that will be
+    sampled; None for other rows. Their logits stay whole (the head is not computed in chunks), but for a reward, which
+    needs one row of them or none."""
+    if not isinstance(batch, (PreferenceBatch, PromptBatch)):
         return None
     config = job.adapted.backbone.model.config
     sizes = sizes_of(batch, config)
+    if isinstance(batch, PromptBatch):
+        k, longest = recipe.objective.num_generations, recipe.evaluate.max_new_tokens
+        answers, width = len(batch.rows) * k, max(len(row.input_ids) for row in batch.rows) + longest
+        seen = 1 if runs_tower_once(job.adapted.model) else k
+        sizes = StepSizes((width,) * answers, answers * longest, sizes.patches * seen)
     step = step_of(job, sizes, fast=fast, recomputed=count)
     rows = sizes.supervised
     if recipe.objective.name == "reward":
@@ -149,12 +157,12 @@ def _of_answers(recipe: Recipe, job: TrainJob, batch: Batch, *, fast: bool, coun
     }
 
 
-def _held(recipe: Recipe, job: TrainJob) -> dict[str, int]:
+def _held(job: TrainJob, *, fast: bool) -> dict[str, int]:
     """What every run holds."""
     trained = sum(value.numel() for value in job.adapted.trainable().values())
     return {
         "process": held(),
-        "kernels": KEPT_BYTES if recipe.train.bf16 and not torch.cuda.is_available() else 0,
+        "kernels": kept_products(job, fast=fast),
         "optimizer": 8 * trained,
         "gradients": 6 * trained,
     }

@@ -27,9 +27,20 @@ from mmft.data.streaming import Streamed
 from mmft.engine.guards import memory_errors
 from mmft.engine.job import TrainJob
 from mmft.engine.memory import checkpoint_layers, recomputable
-from mmft.engine.step_memory import Peak, StepMemory, StepSizes, held, layers_asked, patches_of, step_memory
+from mmft.engine.step_memory import (
+    HEAP,
+    KERNEL_HEAP,
+    Peak,
+    StepMemory,
+    StepSizes,
+    held,
+    layers_asked,
+    patches_of,
+    step_memory,
+)
 from mmft.errors import MemoryLimitError, MmftError
 from mmft.fast.kernel_caches import KEPT_BYTES, give_back
+from mmft.fast.native_build import chosen
 from mmft.journal import Journal
 from mmft.objectives.base import StepContext, StepObjective
 
@@ -95,7 +106,7 @@ def plan_memory(
     sizes, layers = sizes_of(batch, job.adapted.backbone.model.config), len(recomputable(job.adapted))
     every = layers if job.section.gradient_checkpointing else 0
     step = step_of(job, sizes, fast=fast, recomputed=every)
-    parts = _parts(job, step, now=held())
+    parts = _parts(job, step, now=held(), fast=fast)
     if budget is None:
         return MemoryPlan(parts, every, None)
     hidden = job.adapted.backbone.model.config.get_text_config().hidden_size
@@ -112,7 +123,7 @@ def plan_memory(
         count = min(layers, count + max(1, -(-over // one)))
     else:
         peak = None if world > 1 else probe(job, batch, count=count, device=device)
-    return MemoryPlan(_parts(job, step_of(job, sizes, fast=fast, recomputed=count), now=held()), count, peak)
+    return MemoryPlan(_parts(job, step_of(job, sizes, fast=fast, recomputed=count), now=held(), fast=fast), count, peak)
 
 
 def step_of(job: TrainJob, sizes: StepSizes, *, fast: bool, recomputed: int) -> StepMemory:
@@ -123,8 +134,22 @@ def step_of(job: TrainJob, sizes: StepSizes, *, fast: bool, recomputed: int) -> 
     config = adapted.backbone.model.config
     width, cast = width_of(job), 0 if fast else cast_bytes(job, recomputed)
     return step_memory(
-        config, sizes, fast=fast, layers=layers, recomputed=recomputed, towers=towers, width=width, cast=cast
+        config,
+        sizes,
+        fast=fast,
+        layers=layers,
+        recomputed=recomputed,
+        towers=towers,
+        width=width,
+        cast=cast,
+        heap=KERNEL_HEAP if fast and chosen() is not None else HEAP,
     )
+
+
+def kept_products(job: TrainJob, *, fast: bool) -> int:
+    """What torch keeps of its 16-bit products; of layers that our own kernels compute it has none."""
+    own = torch.cuda.is_available() or (fast and chosen() is not None)
+    return KEPT_BYTES if job.section.bf16 and not own else 0
 
 
 def width_of(job: TrainJob) -> int:
@@ -145,12 +170,12 @@ def cast_bytes(job: TrainJob, recomputed: int) -> int:
     return 2 * (sum(own[recomputed:]) + (0 if head is None else head.weight.numel()))
 
 
-def _parts(job: TrainJob, step: StepMemory, *, now: int) -> dict[str, int]:
+def _parts(job: TrainJob, step: StepMemory, *, now: int, fast: bool) -> dict[str, int]:
     """`process`: imports, rows, adapters and weights that no file backs, as they are held now."""
     trained = sum(value.numel() for value in job.adapted.trainable().values())
     return {
         "process": now,
-        "kernels": KEPT_BYTES if job.section.bf16 and not torch.cuda.is_available() else 0,
+        "kernels": kept_products(job, fast=fast),
         "optimizer": 8 * trained,  # two fp32 moments
         "gradients": 6 * trained,  # fp32, and the adapters in 16 bits
         "activations": step.activations,

@@ -49,6 +49,8 @@ class StepMemory:
 
 HEAP = 1.3
 """What malloc holds for each byte of activations: blocks of other lengths do not fit the gaps that are free."""
+KERNEL_HEAP = 1.2
+"""The same where layers are computed by `mmft.fast.native`, whose kernels make fewer blocks in between: 1.1 to 1.3."""
 
 
 def layer_bytes(text: Any, rows: Sequence[int], *, fast: bool, width: int = 2) -> int:
@@ -79,13 +81,14 @@ def step_memory(
     towers: bool = False,
     width: int = 2,
     cast: int = 0,
+    heap: float = HEAP,
 ) -> StepMemory:
     """Estimate of a step from a model's config.
 
     `layers` that gradients pass (all by default), `recomputed` of which keep their input alone; `towers`: gradients
     pass them too; `width`: bytes of a number that products take; `cast`: bytes of weights that autocast keeps in 16
-    bits from forward to backward. The head keeps 12 bytes for each supervised row and word, of `CHUNK_BYTES` at most on
-    the fast path.
+    bits from forward to backward; `heap`: what malloc holds for a byte of activations. The head keeps 12 bytes for each
+    supervised row and word, of `CHUNK_BYTES` at most on the fast path.
     """
     text = config.get_text_config()
     count = text.num_hidden_layers if layers is None else layers
@@ -98,9 +101,9 @@ def step_memory(
         logits = min(logits, CHUNK_BYTES + width * sizes.supervised * text.hidden_size)
     vision = getattr(config, "vision_config", None)
     seen = width * _tower_values(vision, sizes.patches, trained=towers) if vision is not None else 0
-    activations = int(HEAP * kept) + cast
+    activations = int(heap * kept) + cast
     if towers:
-        return StepMemory(activations, logits, int(HEAP * seen))
+        return StepMemory(activations, logits, int(heap * seen))
     return StepMemory(activations, logits, max(0, seen - activations - logits))
 
 
