@@ -149,7 +149,7 @@ def _of_answers(recipe: Recipe, job: TrainJob, batch: Batch, *, fast: bool, coun
     step = step_of(job, sizes, fast=fast, recomputed=count)
     rows = sizes.supervised
     if recipe.objective.name == "reward":
-        rows = len(batch.last) if recipe.objective.answer_weight else 0
+        rows = len(batch.last) if recipe.objective.answer_weight and isinstance(batch, PreferenceBatch) else 0
     return {
         "activations": step.activations,
         "logits": 12 * rows * config.get_text_config().vocab_size,

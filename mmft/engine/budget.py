@@ -142,13 +142,19 @@ def step_of(job: TrainJob, sizes: StepSizes, *, fast: bool, recomputed: int) -> 
         towers=towers,
         width=width,
         cast=cast,
-        heap=KERNEL_HEAP if fast and chosen() is not None else HEAP,
+        heap=KERNEL_HEAP if _by_kernels(job, fast=fast) else HEAP,
     )
+
+
+def _by_kernels(job: TrainJob, *, fast: bool) -> bool:
+    """Whether a step's layers are computed by our own kernels throughout; one that samples leaves other products and
+    blocks of growing caches behind."""
+    return fast and chosen() is not None and not isinstance(job.objective, StepObjective)
 
 
 def kept_products(job: TrainJob, *, fast: bool) -> int:
     """What torch keeps of its 16-bit products; of layers that our own kernels compute it has none."""
-    own = torch.cuda.is_available() or (fast and chosen() is not None)
+    own = torch.cuda.is_available() or _by_kernels(job, fast=fast)
     return KEPT_BYTES if job.section.bf16 and not own else 0
 
 

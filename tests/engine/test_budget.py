@@ -16,7 +16,16 @@ from mmft.data.steps import plan_steps
 from mmft.engine import budget as budget_module
 from mmft.engine.budget import plan_memory, sizes_of
 from mmft.engine.memory import checkpoint_layers, recomputable
-from mmft.engine.step_memory import HEAP, Peak, StepMemory, StepSizes, layers_asked, patches_of, step_memory
+from mmft.engine.step_memory import (
+    HEAP,
+    KERNEL_HEAP,
+    Peak,
+    StepMemory,
+    StepSizes,
+    layers_asked,
+    patches_of,
+    step_memory,
+)
 from mmft.errors import RecipeError
 from mmft.recipe.load import load_recipe
 from mmft.recipe.schema import AdapterSection, ModelSection
@@ -210,3 +219,17 @@ def test_a_run_tells_its_memory(tmp_path, budget):
     assert ("probe" in memory) == (budget is not None)
     events = [line for line in read_lines(run.parent / "events.jsonl") if "memory" in str(line)]
     assert events
+
+
+def test_layers_of_our_own_kernels_leave_no_products_behind(tmp_path, monkeypatch):
+    changes = {"model.dtype": "bfloat16", "train.bf16": True, "adapter.lora_dropout": 0.0, **runs.TRAIN_ONLY}
+    found = {}
+    for there in (False, True):
+        monkeypatch.setattr(budget_module, "chosen", lambda there=there: object() if there else None)
+        for fast in (False, True):
+            made = mmft.plan(runs.values(tmp_path, {**changes, "train.fast": fast}), probe=True)["probe"]
+            found[there, fast] = made["parts"]
+    assert found[False, False] == {**found[True, False], "process": found[False, False]["process"]}
+    assert found[True, True]["kernels"] == 0 < found[False, True]["kernels"] == found[True, False]["kernels"]
+    ratio = found[True, True]["activations"] / found[False, True]["activations"]
+    assert ratio == pytest.approx(KERNEL_HEAP / HEAP, rel=1e-4)
