@@ -26,7 +26,7 @@ from mmft.recipe.schema import DataSource, PartAdapter, Recipe
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mmft"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-KERNELS = sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".c", ".h"))
+KERNELS = sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".c", ".cpp", ".h"))
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 FLOORS = {

@@ -1,4 +1,5 @@
-"""oneDNN's caches of ready-made products bounded, and what loading left behind given back, before the first step.
+"""The heap kept small: oneDNN's caches of ready-made products bounded, tensors in blocks that fit again
+(`native_blocks`), and what loading left behind given back before the first step.
 
 For every shape a product is made by oneDNN once and kept twice: its description by torch's ideep (0.3 MB, the last
 1,024) and its code by oneDNN (0.3 MB, the last 1,024). A step has some 40 shapes, others for every length of its rows,
@@ -14,7 +15,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+from dataclasses import replace
 
+from mmft.fast import native_blocks
+from mmft.fast.native_build import NoKernels
 from mmft.fast.plan import Candidate, Setting, Work
 
 PRODUCTS, DESCRIPTIONS = 128, 8
@@ -23,12 +27,16 @@ KEPT_BYTES = 300_000 * (PRODUCTS + DESCRIPTIONS)
 BOUNDS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": PRODUCTS, "LRU_CACHE_CAPACITY": DESCRIPTIONS}
 
 
+_KEEPS = f"the last {PRODUCTS} products are kept ready, not 1,024 (0.3 MB each, and their descriptions)"
+_FIT = "tensors in blocks that fit again"
+
+
 def holds(setting: Setting) -> tuple[bool, str]:
     """Unless the user bounded them."""
     set_ = [name for name, bound in BOUNDS.items() if os.environ.get(name, str(bound)) != str(bound)]
     if set_:
         return False, f"{' and '.join(set_)} is set"
-    return True, f"the last {PRODUCTS} products are kept ready, not 1,024 (0.3 MB each, and their descriptions)"
+    return True, f"{_KEEPS}; {native_blocks.why_not() or _FIT}"
 
 
 def saves(setting: Setting) -> str:
@@ -37,10 +45,15 @@ def saves(setting: Setting) -> str:
 
 
 def install(setting: Setting, work: Work) -> Work:
-    """Set the bounds, which the first product reads. They stay for the life of the process."""
+    """Set the bounds, which the first product reads and which stay for the life of the process; tensors in blocks that
+    fit again, where they can be had."""
     for name, bound in BOUNDS.items():
         os.environ.setdefault(name, str(bound))
-    return work
+    try:
+        return replace(work, undo=(*work.undo, native_blocks.put_in()))
+    except NoKernels as error:
+        notes = {**work.notes, "kernel_caches": (f"{_KEEPS}; {error}", saves(setting))}
+        return replace(work, notes=notes)
 
 
 def give_back() -> None:

@@ -61,28 +61,35 @@ def library() -> ctypes.CDLL:
     reason = why_not()
     if reason:
         raise NoKernels(reason)
-    threads, kept, scratch = _threads(), _own_folder(), None
-    try:
-        folder = kept or (scratch := Path(tempfile.mkdtemp(prefix="mmft-kernels-")))
-        found = _loaded(folder / f"{digest()}.so")
-    except subprocess.CalledProcessError as error:
-        lines = [line for line in (error.stderr or "").splitlines() if "error" in line] or [f"exit {error.returncode}"]
-        raise NoKernels(f"gcc cannot build them ({lines[0].strip()[:200]})") from None
-    except subprocess.TimeoutExpired:
-        raise NoKernels(f"gcc took more than {SECONDS} s") from None
-    except OSError as error:
-        raise NoKernels(f"what gcc builds cannot be kept or loaded ({error})") from None
-    finally:
-        if scratch is not None:  # a loaded library stays, its file need not
-            shutil.rmtree(scratch, ignore_errors=True)
+    threads = _threads()
+    sources = (str(one) for one in sorted(SOURCES.glob("*.c")))
+    found = built(digest(), [_gcc(), *FLAGS, *sources, "-lm"])
     if _threads() - threads:  # those of other packages are idle while torch's work
         raise NoKernels(f"they bring a second set of threads ({', '.join(sorted(_threads() - threads))})")
     return found
 
 
+def built(name: str, words: list[str]) -> ctypes.CDLL:
+    """The library that `words` build, kept by a name that says all it depends on. Raises NoKernels."""
+    scratch = None
+    try:
+        folder = _own_folder() or (scratch := Path(tempfile.mkdtemp(prefix="mmft-kernels-")))
+        return _loaded(folder / f"{name}.so", words)
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in (error.stderr or "").splitlines() if "error" in line] or [f"exit {error.returncode}"]
+        raise NoKernels(f"{Path(words[0]).name} cannot build them ({lines[0].strip()[:200]})") from None
+    except subprocess.TimeoutExpired:
+        raise NoKernels(f"{Path(words[0]).name} took more than {SECONDS} s") from None
+    except OSError as error:
+        raise NoKernels(f"what {Path(words[0]).name} builds cannot be kept or loaded ({error})") from None
+    finally:
+        if scratch is not None:  # a loaded library stays, its file need not
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
 def digest() -> str:
     """Of sources, flags and compiler: what the bits of the kernels' values depend on."""
-    told = hashlib.sha256(" ".join((*FLAGS, _say([_gcc(), "-v"]))).encode())
+    told = hashlib.sha256(" ".join((*FLAGS, said([_gcc(), "-v"]))).encode())
     for source in sorted(SOURCES.glob("*.[ch]")):
         told.update(source.read_bytes())
     return told.hexdigest()[:32]
@@ -92,28 +99,29 @@ def _gcc() -> str:
     return shutil.which("gcc") or "gcc"
 
 
-def _loaded(path: Path) -> ctypes.CDLL:
+def _loaded(path: Path, words: list[str]) -> ctypes.CDLL:
     """What lies at `path`, built where nothing does or what does cannot be loaded."""
     if path.exists():
         try:
             return ctypes.CDLL(str(path))
         except OSError:
             path.unlink(missing_ok=True)
-    _compile(path)
+    _compile(path, words)
     return ctypes.CDLL(str(path))
 
 
-def _compile(path: Path) -> None:
+def _compile(path: Path, words: list[str]) -> None:
     """Beside `path`, and renamed when it lies on the disk: processes that build at once end with the same file."""
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         made = Path(name) / "kernels.so"
-        _say([_gcc(), *FLAGS, "-o", str(made), *(str(one) for one in sorted(SOURCES.glob("*.c"))), "-lm"])
+        said([*words, "-o", str(made)])
         with made.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(made, path)
 
 
-def _say(words: list[str]) -> str:
+def said(words: list[str]) -> str:
+    """What a programme writes. Raises CalledProcessError where it fails."""
     done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=True)
     return done.stdout + done.stderr
 
