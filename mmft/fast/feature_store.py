@@ -116,7 +116,7 @@ def install(setting: Setting, work: Work) -> Work:
     tower = Tower(setting.adapted, autocast=setting.recipe.train.bf16)
     space = tower.digest(renderer.processor)
     slabs = Slabs(cache_folder() / space[:16], limit=cache_limit(), root=cache_folder())
-    stored = StoredRenderer(renderer, slabs, space=space, takes=tower.takes)
+    stored = StoredRenderer(renderer, slabs, space=space, takes=tower.takes, dtype=tower.model.dtype)
     _prove(setting, work, stored, tower)
     stored.opened = 0
     return replace(work, renderer=with_chat(work.renderer, stored), prepare=Filled(tower, slabs, work.prepare))
@@ -150,6 +150,8 @@ class Filled:
                 here[name] = known = {**one.record, **answer}
                 if one.key:
                     self.slabs.put(one.key, known)
+            if one.inputs:
+                one.answer(known)
             rows.append({n.removeprefix(FEATURES): value for n, value in known.items() if n.startswith(FEATURES)})
         return replace(batch, inputs={**batch.inputs, "mm_encoder_outputs": {"image": self.tower.joined(rows)}})
 

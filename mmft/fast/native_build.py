@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -63,18 +64,18 @@ def library() -> ctypes.CDLL:
         raise NoKernels(reason)
     threads = _threads()
     sources = (str(one) for one in sorted(SOURCES.glob("*.c")))
-    found = built(digest(), [_gcc(), *FLAGS, *sources, "-lm"])
+    found = built(digest, [_gcc(), *FLAGS, *sources, "-lm"])
     if _threads() - threads:  # those of other packages are idle while torch's work
         raise NoKernels(f"they bring a second set of threads ({', '.join(sorted(_threads() - threads))})")
     return found
 
 
-def built(name: str, words: list[str]) -> ctypes.CDLL:
+def built(name: Callable[[], str], words: list[str]) -> ctypes.CDLL:
     """The library that `words` build, kept by a name that says all it depends on. Raises NoKernels."""
     scratch = None
     try:
         folder = _own_folder() or (scratch := Path(tempfile.mkdtemp(prefix="mmft-kernels-")))
-        return _loaded(folder / f"{name}.so", words)
+        return _loaded(folder / f"{name()}.so", words)
     except subprocess.CalledProcessError as error:
         lines = [line for line in (error.stderr or "").splitlines() if "error" in line] or [f"exit {error.returncode}"]
         raise NoKernels(f"{Path(words[0]).name} cannot build them ({lines[0].strip()[:200]})") from None

@@ -73,11 +73,12 @@ class _Unit(list[Opened]):
 
 
 class StoredRenderer(Renderer):
-    """`inner` with features in the place of pixels: `Rendered.pictures` holds what the tower needs, or its answer."""
+    """`inner` with features in the place of pixels: `Rendered.pictures` holds what the tower needs, in the type that it
+    computes in, or its answer."""
 
-    def __init__(self, inner: Renderer, slabs: Slabs, *, space: str, takes: frozenset[str]) -> None:
+    def __init__(self, inner: Renderer, slabs: Slabs, *, space: str, takes: frozenset[str], dtype: torch.dtype) -> None:
         self.__dict__.update(inner.__dict__)
-        self.slabs, self.space, self.takes = slabs, space, takes
+        self.slabs, self.space, self.takes, self.dtype = slabs, space, takes, dtype
         self.opened = 0
         self._unit: _Unit | None = None
         self._text = ""
@@ -124,7 +125,11 @@ class StoredRenderer(Renderer):
             pictures = Pictures(unit.key, known=features)
         else:
             record = self._record(row, self._text, unit)
-            inputs = {name: value for name, value in row.media.items() if name in self.takes}
+            inputs = {
+                name: value.to(self.dtype) if value.is_floating_point() else value
+                for name, value in row.media.items()
+                if name in self.takes
+            }
             pictures = Pictures(unit.key if record else "", inputs=inputs, record=record)
         return dataclasses.replace(row, media=told, per_row=row.per_row & told.keys(), pictures=pictures)
 
