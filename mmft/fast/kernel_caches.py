@@ -20,6 +20,7 @@ from dataclasses import replace
 from mmft.fast import native_blocks
 from mmft.fast.native_build import NoKernels
 from mmft.fast.plan import Candidate, Setting, Work
+from mmft.fast.probe import on_cpu
 
 PRODUCTS, DESCRIPTIONS = 128, 8
 KEPT_BYTES = 300_000 * (PRODUCTS + DESCRIPTIONS)
@@ -36,7 +37,7 @@ def holds(setting: Setting) -> tuple[bool, str]:
     set_ = [name for name, bound in BOUNDS.items() if os.environ.get(name, str(bound)) != str(bound)]
     if set_:
         return False, f"{' and '.join(set_)} is set"
-    return True, f"{_KEEPS}; {native_blocks.why_not() or _FIT}"
+    return True, f"{_KEEPS}; {native_blocks.why_not() or _FIT}" if on_cpu(setting) else _KEEPS
 
 
 def saves(setting: Setting) -> str:
@@ -44,11 +45,17 @@ def saves(setting: Setting) -> str:
     return "up to 0.6 GB where rows are of many lengths"
 
 
+def bound() -> None:
+    """Set the bounds, which the first product reads and which stay for the life of the process."""
+    for name, most in BOUNDS.items():
+        os.environ.setdefault(name, str(most))
+
+
 def install(setting: Setting, work: Work) -> Work:
-    """Set the bounds, which the first product reads and which stay for the life of the process; tensors in blocks that
-    fit again, where they can be had."""
-    for name, bound in BOUNDS.items():
-        os.environ.setdefault(name, str(bound))
+    """Bounds, and tensors in blocks that fit again where these can be had."""
+    bound()
+    if not on_cpu(setting):
+        return work
     try:
         return replace(work, undo=(*work.undo, native_blocks.put_in()))
     except NoKernels as error:

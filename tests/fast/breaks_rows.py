@@ -8,6 +8,8 @@ from __future__ import annotations
 Entry = tuple[str, str, str, str]
 
 _CACHES = "fast/test_kernel_caches.py"
+_HELD = "fast/test_feature_store.py::test_pixels_are_held_in_the_towers_type_and_until_it_has_answered"
+_BLOCKS = "fast/test_native_blocks.py"
 _GRAPH = "fast/test_no_graph.py::test_a_frozen_tower_runs_once_without_a_graph"
 _COUNT = "fast/test_no_graph.py::test_the_plan_counts_what_lies_before_the_first_trained_weight"
 _PACKED = "fast/test_packing.py::test_a_packed_step_is_the_plain_step"
@@ -66,9 +68,45 @@ ROWS: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
             ),
             (
                 "what the user set is written over",
-                "os.environ.setdefault(name, str(bound))",
-                "os.environ[name] = str(bound)",
+                "os.environ.setdefault(name, str(most))",
+                "os.environ[name] = str(most)",
                 f"{_CACHES}::test_what_a_user_set_stays",
+            ),
+            (
+                "blocks stay after the run",
+                "replace(work, undo=(*work.undo, native_blocks.put_in()))",
+                "replace(work, undo=(*work.undo, *[native_blocks.put_in()][1:]))",
+                f"{_BLOCKS}::test_a_run_has_them_and_leaves_none_behind",
+            ),
+        ),
+    ),
+    (
+        "kernel_caches",
+        "fast/native/blocks.cpp",
+        (
+            (
+                "gaps as torch leaves them",
+                "std::malloc(bytes + MORE)",
+                "std::aligned_alloc(LINE, (bytes + MORE) / LINE * LINE + LINE)",
+                f"{_BLOCKS}::test_a_gap_is_filled_by_a_tensor_of_the_same_shape",
+            ),
+            (
+                "not aligned",
+                "constexpr size_t LINE = 64;",
+                "constexpr size_t LINE = 16;",
+                f"{_BLOCKS}::test_values_and_alignment[1]",
+            ),
+            (
+                "a size that wraps around",
+                "bytes > most ? nullptr : std::malloc(bytes + MORE)",
+                "std::malloc(bytes > most ? 8 : bytes + MORE)",
+                f"{_BLOCKS}::test_refused_memory_is_told_as_torch_tells_it",
+            ),
+            (
+                "the profiler is not told",
+                "c10::profiledCPUMemoryReporter().New(at, bytes);",
+                "",
+                f"{_BLOCKS}::test_the_profiler_sees_blocks",
             ),
         ),
     ),
@@ -229,6 +267,7 @@ ROWS: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
         "feature_store",
         "fast/stored.py",
         (
+            ("pixels wait in float32", "value.to(self.dtype) if", "value if", _HELD),
             (
                 "the address leaves the tower out",
                 "[space, *map(media_digest, media)]",
@@ -253,6 +292,12 @@ ROWS: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
         "feature_store",
         "fast/feature_store.py",
         (
+            (
+                "pixels stay until the step's end",
+                "one.answer(known)",
+                "pass",
+                _HELD,
+            ),
             (
                 "changed pictures go the way of the others",
                 "altered=self._filled(batch.altered)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from mmft.data.formats import load_all
+from mmft.data.loader import assemble
 from mmft.data.order import StepPlan
 from mmft.data.render import Renderer
 from mmft.data.sample import MediaRef
@@ -252,6 +254,25 @@ def test_with_packing_and_shared_beginnings(tmp_path, kind):
         loss, found = loss_and_gradients(work, setting, range(4))
         assert loss == pytest.approx(want, rel=1e-5) and apart(found, grads) < 1e-5
     work.release()
+
+
+def test_pixels_are_held_in_the_towers_type_and_until_it_has_answered(tmp_path):
+    """A batch that is placed again (it did not fit) has features by then."""
+    setting = small_setting(tmp_path)
+    _, _, work = both(setting, "feature_store")
+    assert work.renderer.dtype == setting.adapted.backbone.model.dtype
+    work.renderer.dtype = torch.bfloat16
+    narrow = assemble(work.renderer, [(setting.samples[0], 0)], pad_token_id=0)
+    assert narrow.pictures[0].inputs["pixel_values"].dtype == torch.bfloat16
+    work.renderer.dtype = torch.float32
+    batch = assemble(work.renderer, [(setting.samples[row], 0) for row in range(ROWS)], pad_token_id=0)
+    pixels = [weakref.ref(one.inputs["pixel_values"]) for one in batch.pictures]
+    (first,) = work.prepare(batch).inputs["mm_encoder_outputs"].values()
+    misses = work.prepare.misses
+    assert pixels and not any(one() is not None for one in pixels)
+    (again,) = work.prepare(batch).inputs["mm_encoder_outputs"].values()
+    pairs = zip(first.pooler_output, again.pooler_output, strict=True)
+    assert work.prepare.misses == misses and all(torch.equal(one, two) for one, two in pairs)
 
 
 def test_a_place_whose_tokens_might_merge_with_text_is_not_kept(tmp_path):
