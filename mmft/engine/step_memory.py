@@ -49,8 +49,8 @@ class StepMemory:
 
 HEAP = 1.3
 """What malloc holds for each byte of activations: blocks of other lengths do not fit the gaps that are free."""
-KERNEL_HEAP = 1.2
-"""The same where layers are computed by `mmft.fast.native`, whose kernels make fewer blocks in between: 1.1 to 1.3."""
+KERNEL_HEAP = 1.0
+"""The same where layers are computed by `mmft.fast.native` into blocks that fit again (`mmft.fast.native_blocks`)."""
 
 
 def layer_bytes(text: Any, rows: Sequence[int], *, fast: bool, width: int = 2) -> int:
@@ -98,7 +98,8 @@ def step_memory(
         kept = max(kept, one + thin * recomputed)
     logits = 12 * sizes.supervised * text.vocab_size
     if fast:
-        logits = min(logits, CHUNK_BYTES + width * sizes.supervised * text.hidden_size)
+        part = 6 if heap == KERNEL_HEAP else 1  # a kernel writes the gradient over logits of 16 bits
+        logits = min(logits // part, CHUNK_BYTES // part + width * sizes.supervised * text.hidden_size)
     vision = getattr(config, "vision_config", None)
     seen = width * _tower_values(vision, sizes.patches, trained=towers) if vision is not None else 0
     activations = int(heap * kept) + cast

@@ -97,12 +97,6 @@ ROWS: tuple[tuple[str, str, tuple[Entry, ...]], ...] = (
                 f"{_BLOCKS}::test_values_and_alignment[1]",
             ),
             (
-                "a size that wraps around",
-                "bytes > most ? nullptr : std::malloc(bytes + MORE)",
-                "std::malloc(bytes > most ? 8 : bytes + MORE)",
-                f"{_BLOCKS}::test_refused_memory_is_told_as_torch_tells_it",
-            ),
-            (
                 "the profiler is not told",
                 "c10::profiledCPUMemoryReporter().New(at, bytes);",
                 "",

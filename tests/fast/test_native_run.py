@@ -96,7 +96,8 @@ def test_float32_builds_nothing(tmp_path, monkeypatch):
     (row,) = fast_plan(setting, [native_kernels.CANDIDATE]).rows
     assert not row.on and row.reason == "the kernels compute in bfloat16"
     mmft.train(write_recipe(tmp_path, {**RUN, "train.bf16": False, "train.max_steps": 1}), quiet=True)
-    assert not (tmp_path / "cache" / "kernels").exists()
+    found = (tmp_path / "cache" / "kernels").glob("*")  # tensors in blocks are for every type
+    assert not [one for one in found if not one.name.startswith("blocks-")]
     setting.adapted.backbone.model.bfloat16()
     assert fast_plan(setting, [native_kernels.CANDIDATE]).on("native_kernels")
 
