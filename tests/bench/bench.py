@@ -171,7 +171,7 @@ def table(found: dict[str, list[dict[str, Any]]], given: argparse.Namespace, roo
         peak = max(one["peak"] for one in ours) / 1e9
         valid = "" if off < CLOSE else "  NOT VALID"
         lines.append(
-            f"{name:<{width}}{speed:>10.2f}{speed * tokens:>10.0f}{tokens:>7.1f}{peak:>9.2f}"
+            f"{name:<{width}}{speed:>10.2f}{speed * tokens:>10.0f}{tokens:>7.1f}{peak:>9.3f}"
             f"{speed * work / roof:>8.0%} {ratio:>8.2f}{f'{low:.2f}..{high:.2f}':>14}{off:>10.4f}{valid}"
         )
     return lines
