@@ -151,6 +151,11 @@ def _threads() -> set[str]:
     return {Path(name).name for name in names if Path(name).name.startswith(("libgomp", "libiomp5", "libomp."))}
 
 
+def whole(*tensors: torch.Tensor) -> bool:
+    """Whether all are bfloat16 on the CPU, their values side by side."""
+    return all(one.dtype == torch.bfloat16 and one.is_contiguous() and one.device.type == "cpu" for one in tensors)
+
+
 def pointer(x: torch.Tensor | None) -> ctypes.c_void_p:
     """A tensor's first value, or nothing."""
     return ctypes.c_void_p(0 if x is None else x.data_ptr())

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmft.fast.native_build import chosen
-from mmft.fast.native_product import PANEL, address
+from mmft.fast.native_build import chosen, whole
+from mmft.fast.native_product import address, panels
 
 MOST = 7
 """Lines of one input."""
@@ -46,7 +46,7 @@ class _Gates(ctypes.Structure):
 
 
 def _theirs(x: Tensor, *shape: int) -> bool:
-    return x.shape == shape and x.dtype == torch.bfloat16 and x.is_contiguous() and x.device.type == "cpu"
+    return x.shape == shape and whole(x)
 
 
 def _at(x: Tensor | None) -> int:
@@ -142,8 +142,7 @@ class Lines:
 
 def _run(name: str, depth: int, *structures: ctypes.Structure) -> None:
     """Call a kernel with panels of `depth` values for every thread."""
-    threads, each = torch.get_num_threads(), (depth + 1) // 2 * PANEL
-    room = torch.empty(threads * each, dtype=torch.int32)  # torch's memory: refused as torch refuses it
+    room, each, threads = panels(depth)
     ends = (ctypes.c_void_p(address(room)), ctypes.c_long(each), ctypes.c_long(threads))
     getattr(chosen(), name)(*(ctypes.byref(one) for one in structures), *ends)
 

@@ -12,8 +12,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from mmft.fast.native_build import chosen, pointer
-from mmft.fast.native_product import PANEL
+from mmft.fast.native_build import chosen, pointer, whole
+from mmft.fast.native_product import panels
 
 BLOCK = 1024
 """Words of a block, as in the source."""
@@ -23,10 +23,7 @@ def fits(hidden: Tensor, weight: Tensor) -> bool:
     """Whether the kernel is chosen and can take states (n, h) and a head (words, h)."""
     if chosen() is None or not len(hidden) or hidden.shape[1] % 2 or weight.shape[0] % 2:
         return False
-    plain = weight.shape[1:] == hidden.shape[1:]
-    for one in (hidden, weight):
-        plain = plain and one.dtype == torch.bfloat16 and one.is_contiguous() and one.device.type == "cpu"
-    return plain
+    return weight.shape[1:] == hidden.shape[1:] and whole(hidden, weight)
 
 
 def head_loss(
@@ -38,20 +35,17 @@ def head_loss(
     (rows, width), words = hidden.shape, len(weight)
     sound = goals.shape == (rows,) and room.shape == (rows, words)
     sound = sound and (slope is None or slope.shape == hidden.shape)
-    for one in (room, slope):
-        sound = sound and (one is None or (one.dtype == torch.bfloat16 and one.is_contiguous()))
-    if not sound:
+    if not sound or not whole(room, *(() if slope is None else (slope,))):
         raise ValueError(f"{rows} rows, goals {tuple(goals.shape)}, room {tuple(room.shape)} {room.dtype}")
     if int(goals.min()) < 0 or int(goals.max()) >= words:
         raise IndexError(f"goals from {int(goals.min())} to {int(goals.max())}, where there are {words} words")
     goals = goals.contiguous().to(torch.int64)
     terms, hits = hidden.new_empty(rows, dtype=torch.float32), goals.new_empty(rows)
     sums = hidden.new_empty((rows, width) if slope is not None else 0, dtype=torch.float32)
-    threads, each = torch.get_num_threads(), (max(width, BLOCK) // 2 + 1) * PANEL
-    panels = torch.empty(threads * each, dtype=torch.int32)  # torch's memory: refused as torch refuses it
+    packed, each, threads = panels(max(width, BLOCK))
     tensors = (hidden, weight, goals, room, terms, hits, sums, slope)
     sizes = (ctypes.c_long(one) for one in (rows, words, width))
-    ends = (pointer(panels), ctypes.c_long(each), ctypes.c_long(threads))
+    ends = (pointer(packed), ctypes.c_long(each), ctypes.c_long(threads))
     library = chosen()
     assert library is not None
     library.mmft_loss(*(pointer(one) for one in tensors), *sizes, *ends)

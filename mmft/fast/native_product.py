@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mmft.fast.native_build import chosen, pointer
+from mmft.fast.native_build import chosen, pointer, whole
 
 PANEL = 64
 """Columns that are packed at once."""
@@ -40,6 +40,12 @@ def _plain(x: Tensor) -> bool:
     return flat and x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() > 0
 
 
+def panels(depth: int) -> tuple[Tensor, int, int]:
+    """Room for a panel of `depth` values along the sum for every thread, values of 4 bytes for each, and how many."""
+    threads, each = torch.get_num_threads(), (depth + 1) // 2 * PANEL
+    return torch.empty(threads * each, dtype=torch.int32), each, threads  # torch's memory: refused as torch refuses it
+
+
 def product(
     terms: Sequence[tuple[Tensor, Tensor]], *, across: bool, bias: Tensor | None = None, act: Act | None = None
 ) -> Tensor | None:
@@ -49,18 +55,16 @@ def product(
     kernels = chosen()
     if kernels is None or any(a.shape[1] % 2 or not _plain(a) or not _plain(b) for a, b in terms):
         return None
-    if bias is not None and (bias.dtype != torch.bfloat16 or not bias.is_contiguous() or bias.device.type != "cpu"):
+    if bias is not None and not whole(bias):
         return None
     (first, weight), count = terms[0], ctypes.c_long(len(terms))
     rows, columns = len(first), weight.shape[0 if across else 1]
-    whole = bias is None or bias.shape == (columns,)
-    if not whole or any(
+    fits = bias is None or bias.shape == (columns,)
+    if not fits or any(
         len(a) != rows or b.shape != ((columns, a.shape[1]) if across else (a.shape[1], columns)) for a, b in terms
     ):
         raise ValueError(f"terms of unlike shapes: {[(tuple(a.shape), tuple(b.shape)) for a, b in terms]}")
-    out, each = first.new_empty(rows, columns), sum(a.shape[1] for a, _ in terms) // 2 * PANEL
-    threads = torch.get_num_threads()
-    room = torch.empty(threads * each, dtype=torch.int32)  # torch's memory: refused as torch refuses it
+    out, (room, each, threads) = first.new_empty(rows, columns), panels(sum(a.shape[1] for a, _ in terms))
     every = (_Term * len(terms))(
         *(_Term(address(a), address(b), a.stride(0), b.stride(0), a.shape[1]) for a, b in terms)
     )

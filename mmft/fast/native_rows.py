@@ -11,12 +11,11 @@ import ctypes
 import torch
 from torch import Tensor
 
-from mmft.fast.native_build import chosen, pointer
+from mmft.fast.native_build import chosen, pointer, whole
 
 
 def _library(*tensors: Tensor) -> ctypes.CDLL | None:
-    plain = all(one.dtype == torch.bfloat16 and one.is_contiguous() and one.device.type == "cpu" for one in tensors)
-    return chosen() if plain else None
+    return chosen() if whole(*tensors) else None
 
 
 def _threads() -> ctypes.c_int:
