@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -85,16 +86,21 @@ def test_other_sources_or_flags_are_another_library(tmp_path, monkeypatch):
     assert works(native_build.library()) and len(kept(tmp_path)) == 3
 
 
-def test_a_file_that_cannot_be_loaded_is_built_again(tmp_path):
-    """In processes of their own: in this one the path counts as loaded."""
+@pytest.mark.parametrize("how", ["empty", "a part", "a byte of it another", "no library"])
+def test_a_file_that_cannot_be_loaded_is_built_again(tmp_path, how):
+    """In processes of their own: in this one the path counts as loaded, and a part of a library kills its loader."""
     words = [sys.executable, "-c", CALL]
     assert subprocess.run(words, env=environment(), timeout=300).returncode == 0
     (name,) = kept(tmp_path)
     path = tmp_path / "cache" / "kernels" / name
     size = path.stat().st_size
-    path.write_bytes(b"")
+    data = path.read_bytes()
+    other = data[:9000] + bytes([data[9000] ^ 1]) + data[9001:]
+    sealed = b"no library" + hashlib.sha256(b"no library").digest()
+    broken = {"empty": b"", "a part": data[:1000], "a byte of it another": other, "no library": sealed}
+    path.write_bytes(broken[how])
     assert subprocess.run(words, env=environment(), timeout=300).returncode == 0
-    assert kept(tmp_path) == [name] and path.stat().st_size == size
+    assert kept(tmp_path) == [name] and path.stat().st_size == size and path.read_bytes() != broken[how]
 
 
 @pytest.mark.parametrize("how", ["a file in its place", "written by a group", "a link", "of somebody else"])
