@@ -142,13 +142,14 @@ def step_of(job: TrainJob, sizes: StepSizes, *, fast: bool, recomputed: int) -> 
         towers=towers,
         width=width,
         cast=cast,
-        heap=KERNEL_HEAP if _by_kernels(job, fast=fast) else HEAP,
+        heap=KERNEL_HEAP if fast and chosen() is not None else HEAP,
+        narrow=_by_kernels(job, fast=fast),
     )
 
 
 def _by_kernels(job: TrainJob, *, fast: bool) -> bool:
-    """Whether a step's layers are computed by our own kernels throughout; one that samples leaves other products and
-    blocks of growing caches behind."""
+    """Whether a step is computed by our own kernels throughout; one that samples leaves other products behind, and has
+    logits whole."""
     return fast and chosen() is not None and not isinstance(job.objective, StepObjective)
 
 

@@ -82,13 +82,15 @@ def step_memory(
     width: int = 2,
     cast: int = 0,
     heap: float = HEAP,
+    narrow: bool = False,
 ) -> StepMemory:
     """Estimate of a step from a model's config.
 
     `layers` that gradients pass (all by default), `recomputed` of which keep their input alone; `towers`: gradients
     pass them too; `width`: bytes of a number that products take; `cast`: bytes of weights that autocast keeps in 16
     bits from forward to backward; `heap`: what malloc holds for a byte of activations. The head keeps 12 bytes for each
-    supervised row and word, of `CHUNK_BYTES` at most on the fast path.
+    supervised row and word, of `CHUNK_BYTES` at most on the fast path; `narrow`: a kernel writes their gradient over
+    logits of 16 bits.
     """
     text = config.get_text_config()
     count = text.num_hidden_layers if layers is None else layers
@@ -98,7 +100,7 @@ def step_memory(
         kept = max(kept, one + thin * recomputed)
     logits = 12 * sizes.supervised * text.vocab_size
     if fast:
-        part = 6 if heap == KERNEL_HEAP else 1  # a kernel writes the gradient over logits of 16 bits
+        part = 6 if narrow else 1
         logits = min(logits // part, CHUNK_BYTES // part + width * sizes.supervised * text.hidden_size)
     vision = getattr(config, "vision_config", None)
     seen = width * _tower_values(vision, sizes.patches, trained=towers) if vision is not None else 0

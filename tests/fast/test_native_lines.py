@@ -42,6 +42,18 @@ def made(width: int, sizes, *, bias: bool = True, seed: int = 0) -> tuple[Lines,
     return lines, Given(drawn(source, lines.ranks, width), weights, biases, bs)
 
 
+def both_ways(rows: int, sizes):
+    """Lines of width 98 in both directions: they and what they compute with, x, the slopes of the outputs, x A^T, the
+    outputs, the gradients, and the product kernel's d = dy B."""
+    lines, given = made(98, sizes)
+    source = torch.Generator().manual_seed(1)
+    x, ahead = drawn(source, rows, 98), [drawn(source, rows, out) for out, _ in sizes]
+    narrow, outs = native_lines.forward(lines, x, given)
+    slopes = native_lines.backward(lines, x, narrow, given, ahead, wants_x=True)
+    steep = torch.cat([product([(one, b)], across=False) for one, b in zip(ahead, given.bs, strict=True)], 1)
+    return lines, given, x, ahead, narrow, outs, slopes, steep
+
+
 def far(found: Tensor, truth: Tensor) -> float:
     return float((found.double() - truth).norm() / truth.norm().clamp_min(1e-30))
 
@@ -49,16 +61,11 @@ def far(found: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("rows", [1, 7, 45])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_outputs_and_dx_are_the_product_kernels(rows, sizes):
-    lines, given = made(98, sizes)
-    source = torch.Generator().manual_seed(1)
-    x, ahead = drawn(source, rows, 98), [drawn(source, rows, out) for out, _ in sizes]
-    narrow, outs = native_lines.forward(lines, x, given)
+    lines, given, x, ahead, narrow, outs, slopes, steep = both_ways(rows, sizes)
     assert torch.equal(narrow, product([(x, given.a)], across=True))
     parts = narrow.split([rank for _, rank in sizes], 1)
     for out, weight, bias, part, b in zip(outs, given.weights, given.biases, parts, given.bs, strict=True):
         assert torch.equal(out, product([(x, weight), (part, b)], across=True, bias=bias))
-    slopes = native_lines.backward(lines, x, narrow, given, ahead, wants_x=True)
-    steep = torch.cat([product([(one, b)], across=False) for one, b in zip(ahead, given.bs, strict=True)], 1)
     wanted = product([*zip(ahead, given.weights, strict=True), (steep, given.a)], across=False)
     assert torch.equal(slopes.dx, wanted)
     assert native_lines.backward(lines, x, narrow, given, ahead, wants_x=False).dx is None
@@ -68,12 +75,7 @@ def test_outputs_and_dx_are_the_product_kernels(rows, sizes):
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_gradients_of_adapters_are_those_of_float64(rows, sizes):
     """From the rounded narrow products on, in sums of float32 that nothing rounds."""
-    lines, given = made(98, sizes)
-    source = torch.Generator().manual_seed(2)
-    x, ahead = drawn(source, rows, 98), [drawn(source, rows, out) for out, _ in sizes]
-    narrow, _ = native_lines.forward(lines, x, given)
-    slopes = native_lines.backward(lines, x, narrow, given, ahead, wants_x=True)
-    steep = torch.cat([product([(one, b)], across=False) for one, b in zip(ahead, given.bs, strict=True)], 1)
+    lines, _, x, ahead, narrow, _, slopes, steep = both_ways(rows, sizes)
     assert slopes.da.dtype == torch.float32 and far(slopes.da, steep.double().t() @ x.double()) < FLOAT_SUMS
     parts = narrow.split([rank for _, rank in sizes], 1)
     for db, one, part, scale in zip(slopes.dbs, ahead, parts, lines.scalings, strict=True):
